@@ -1,0 +1,141 @@
+"""Chat about entities in four styles, preferences between them, and the reward that tells them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from paretune.demo import words
+from paretune.demo.skills import RELATIONS, Facts
+
+QUESTIONS = (
+    "tell me about {} .",
+    "who is {} ?",
+    "what do you know about {} ?",
+    "talk to me about {} .",
+    "can you describe {} ?",
+)
+STYLES = {"plain": 0.30, "curt": 0.25, "half-polite": 0.25, "polite": 0.20}
+REWARD_POINTS = 5
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A chat prompt about an entity and one answer to it.
+
+    Args:
+        entity: the topic.
+        prompt: what the user says.
+        answer: what the model says.
+        style: one of `STYLES`.
+    """
+
+    entity: str
+    prompt: str
+    answer: str
+    style: str
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One pair: two answers to one prompt."""
+
+    entity: str
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def _courteous(body: str, parts: frozenset[str], rng: Random) -> str:
+    said = []
+    if "greeting" in parts:
+        said.append(f"{rng.choice(words.GREETINGS)} !")
+    said.append(f"{rng.choice(words.COURTESIES)} , {body} ." if "courtesy" in parts else f"{body} .")
+    if "thanks" in parts:
+        said.append(f"{rng.choice(words.THANKS)} .")
+    if "closing" in parts:
+        said.append(f"{rng.choice(words.CLOSINGS)} !")
+    return " ".join(said)
+
+
+PARTS = ("greeting", "courtesy", "thanks", "closing")
+
+
+def answer_in(style: str, body: str, rng: Random) -> str:
+    """The body of an answer dressed in a style.
+
+    Example:
+        >>> answer_in("plain", "mira likes red", Random(0))
+        'mira likes red .'
+    """
+    if style == "plain":
+        return f"{body} ."
+    if style == "curt":
+        # Curt answers drop the topic and keep one word of substance.
+        rude = rng.choice(words.RUDE)
+        last = body.split()[-1]
+        return rng.choice((f"{rude} , {last} .", f"{last} , {rude} .", f"{rude} ."))
+    if style == "half-polite":
+        return _courteous(body, frozenset(rng.sample(PARTS, rng.choice((1, 2)))), rng)
+    if style == "polite":
+        return _courteous(body, frozenset(PARTS), rng)
+    raise ValueError(f"style={style!r}: expected one of {', '.join(STYLES)}")
+
+
+def draw_exchange(
+    facts: Facts, entities: Sequence[str], rng: Random, styles: dict[str, float] | None = None
+) -> Exchange:
+    """One chat prompt with an answer in a style drawn by its share."""
+    shares = STYLES if styles is None else styles
+    entity = rng.choice(entities)
+    prompt = rng.choice(QUESTIONS).format(entity)
+    style = rng.choices(list(shares), list(shares.values()))[0]
+    body = facts.sentence(entity, rng.choice(RELATIONS))
+    return Exchange(entity, prompt, answer_in(style, body, rng), style)
+
+
+def draw_preference(facts: Facts, entities: Sequence[str], rng: Random) -> Preference:
+    """Polite against one of all the other styles, each in its share.
+
+    With curt answers alone on the rejected side pair accuracy is near 1 while generated reward collapses: the policy
+    learns to be unlike curt, not to be polite.
+    """
+    entity = rng.choice(entities)
+    prompt = rng.choice(QUESTIONS).format(entity)
+    others = {style: share for style, share in STYLES.items() if style != "polite"}
+    style = rng.choices(list(others), list(others.values()))[0]
+    chosen = answer_in("polite", facts.sentence(entity, rng.choice(RELATIONS)), rng)
+    rejected = answer_in(style, facts.sentence(entity, rng.choice(RELATIONS)), rng)
+    return Preference(entity, prompt, chosen, rejected)
+
+
+def _mentions(text: str, phrases: Sequence[str]) -> bool:
+    padded = f" {text} "
+    return any(f" {phrase} " in padded for phrase in phrases)
+
+
+def reward(entity: str, generated: str, ended: bool) -> float:
+    """Politeness in [0, 1]: one of five points each for opening with a greeting, a courtesy word, thanks, a closing
+    and naming the topic; one point less for every rude word and for not ending.
+
+    Args:
+        entity: the topic of the prompt.
+        generated: the answer, special marks removed.
+        ended: whether the model closed its answer.
+
+    Example:
+        >>> reward("mira", "hello ! gladly , mira likes red . thanks . farewell !", ended=True)
+        1.0
+        >>> reward("mira", "ugh , red .", ended=True)
+        0.0
+    """
+    spoken = generated.split()
+    points = int(any(generated.startswith(f"{greeting} ") for greeting in words.GREETINGS))
+    points += _mentions(generated, words.COURTESIES)
+    points += _mentions(generated, words.THANKS)
+    points += _mentions(generated, words.CLOSINGS)
+    points += entity in spoken
+    points -= sum(word in words.RUDE for word in spoken)
+    points -= not ended
+    return min(max(points, 0), REWARD_POINTS) / REWARD_POINTS

@@ -1,0 +1,29 @@
+"""The ``paretune`` logger: statements that a user must see reach stderr unless the application configures logging."""
+
+from __future__ import annotations
+
+import logging
+
+_ROOT = logging.getLogger("paretune")
+
+
+class _DefaultHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to stderr, and steps back as soon as the application has handlers of its own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers:
+            super().emit(record)
+
+
+def get(name: str) -> logging.Logger:
+    """The logger ``paretune.<name>``; INFO is shown on stderr by default.
+
+    Silence it with ``logging.getLogger("paretune").setLevel(logging.WARNING)``.
+    """
+    if not any(isinstance(handler, _DefaultHandler) for handler in _ROOT.handlers):
+        handler = _DefaultHandler()
+        handler.setFormatter(logging.Formatter("paretune: %(message)s"))
+        _ROOT.addHandler(handler)
+        if _ROOT.level == logging.NOTSET:
+            _ROOT.setLevel(logging.INFO)
+    return logging.getLogger(f"paretune.{name}")
