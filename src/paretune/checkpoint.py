@@ -41,7 +41,7 @@ DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: its name, dtype, shape, file, and bytes ``[start, stop)`` counted from the file's begin."""
+    """Where one tensor lies: name, dtype, shape, file, and its bytes ``[start, stop)`` in the file."""
 
     name: str
     dtype: torch.dtype
@@ -100,7 +100,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return len(self._tensors)
 
     def flat(self, name: str) -> Tensor:
-        """The values of a tensor as one dimension, in its own dtype: a memory-mapped view that costs nothing until read."""
+        """The values of a tensor as one dimension, in its own dtype: memory-mapped, free until read."""
         info = self._tensors[name]
         if info.numel == 0:
             return torch.empty(0, dtype=info.dtype)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +108,16 @@ class TaskVector(Mapping[str, tuple[int, ...]]):
         """τ at the given flat positions (int64, on the CPU) of one tensor, in float32: reads only these elements."""
         return self._parts[name].gather(index)
 
+    def gather_all(self, names: Sequence[str], indices: Sequence[Tensor]) -> Tensor:
+        """`gather` of many tensors, concatenated: one subtraction instead of many small ones."""
+        parts = [self._parts[name] for name in names]
+        if not parts or not all(isinstance(part, _Difference) and part.whole for part in parts):
+            found = [part.gather(index) for part, index in zip(parts, indices, strict=True)]
+            return torch.cat(found) if found else torch.empty(0)
+        pairs = [part.pair(index) for part, index in zip(cast(list[_Difference], parts), indices, strict=True)]
+        reference, base = torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
+        return _subtract(reference, base)
+
     @property
     def resident_bytes(self) -> int:
         """Memory that τ holds: 0 for checkpoints on disk, 4 bytes an element where a side was in memory."""
@@ -206,13 +216,21 @@ class _Difference(_Part):
                 out[i - start : j - start] = _subtract(reference[i:j], base[i:j])
         return out
 
+    @property
+    def whole(self) -> bool:
+        """Whether the base has every element."""
+        return self.known == self.reference.numel(self.name)
+
+    def pair(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The elements of reference and base at these positions."""
+        return self.reference.flat(self.name).take(index), self.base.flat(self.name).take(index)
+
     def gather(self, index: Tensor) -> Tensor:
-        base, reference = self.base.flat(self.name), self.reference.flat(self.name)
-        if self.known == reference.numel():
-            return _subtract(reference[index], base[index])
+        if self.whole:
+            return _subtract(*self.pair(index))
         out = torch.zeros(index.numel())
         inside = index < self.known
-        out[inside] = _subtract(reference[index[inside]], base[index[inside]])
+        out[inside] = _subtract(*self.pair(index[inside]))
         return out
 
 

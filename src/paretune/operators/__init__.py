@@ -1,9 +1,9 @@
 """Sparsify and consensus: the two operators that offline merging and online optimizers share."""
 
 from .consensus import Consensus, SignElection, WeightedSum
-from .masks import SPARSE_LIMIT, bernoulli_mask, mask_key, sampled_indices
+from .masks import SPARSE_LIMIT, bernoulli_mask, mask_key, sampled_indices, sampled_indices_of
 from .methods import METHODS, Method
-from .sparsify import Magnitude, Random, Sparsify, kept, largest, largest_streamed
+from .sparsify import Magnitude, Random, Source, Sparsify, above, kept, largest, largest_streamed
 
 __all__ = [
     "METHODS",
@@ -13,12 +13,15 @@ __all__ = [
     "Method",
     "Random",
     "SignElection",
+    "Source",
     "Sparsify",
     "WeightedSum",
+    "above",
     "bernoulli_mask",
     "kept",
     "largest",
     "largest_streamed",
     "mask_key",
     "sampled_indices",
+    "sampled_indices_of",
 ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -65,25 +66,68 @@ def sampled_indices(
         return bernoulli_mask(key, n, density, start, stop, device).nonzero().view(-1).add_(start)
     if start == stop:
         return torch.empty(0, dtype=torch.int64, device=device)
-    first, last = start // PAGE, (stop - 1) // PAGE + 1
-    page = torch.arange(first, last, dtype=torch.int64, device=device).unsqueeze(1)
+    pages = torch.arange(start // PAGE, (stop - 1) // PAGE + 1, dtype=torch.int64, device=device).unsqueeze(1)
+    flat = _drawn(_words(key), pages, density)[0]
+    return flat[(flat >= start) & (flat < stop)]
+
+
+def sampled_indices_of(
+    keys: Sequence[int], sizes: Sequence[int], density: float, device: torch.device | None = None
+) -> list[Tensor]:
+    """`sampled_indices` of many tensors at once, one result for each: a few large operations instead of many small.
+
+    Args:
+        keys: one key for each tensor.
+        sizes: the elements of each.
+        density: one density for all.
+        device: where the results are wanted.
+    """
+    if density > SPARSE_LIMIT:
+        return [sampled_indices(key, n, density, device=device) for key, n in zip(keys, sizes, strict=True)]
+    _check(density, 0, 0, 0)
+    pages_of = torch.tensor([(n + PAGE - 1) // PAGE for n in sizes])
+    if not int(pages_of.sum()):
+        return [torch.empty(0, dtype=torch.int64, device=device) for _ in sizes]
+    owner = torch.arange(len(sizes)).repeat_interleave(pages_of)
+    pages = torch.arange(owner.numel()) - (pages_of.cumsum(0) - pages_of)[owner]
+    words = torch.tensor([_words(key) for key in keys], dtype=torch.int32)[owner].to(device)
+    limit = torch.tensor(list(sizes))[owner].to(device).unsqueeze(1)
+    flat, row = _drawn((words[:, :1], words[:, 1:]), pages.to(device).unsqueeze(1), density, limit)
+    counts = torch.bincount(owner.to(device)[row], minlength=len(sizes))
+    return list(flat.split(counts.tolist()))
+
+
+def _drawn(
+    words: tuple[int, int] | tuple[Tensor, Tensor], pages: Tensor, density: float, limit: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Kept positions of some pages, page after page, and the row of ``pages`` that each belongs to.
+
+    Args:
+        words: the key's two halves; numbers, or a column with one for each page.
+        pages: a column of page numbers (int64).
+        density: at most `SPARSE_LIMIT`.
+        limit: a column with the end of each page's tensor; None for no limit but the page's own end.
+    """
     mean = PAGE * density
     draws = math.ceil(mean + 6 * math.sqrt(mean) + 8)
     drawn = 0
-    at = torch.full((last - first, 1), -1, dtype=torch.int64, device=device)
+    at = torch.full_like(pages, -1)
     positions = []
     while drawn == 0 or bool((at < PAGE).any()):  # until every page is full to its end
-        counter = page * PAGE + torch.arange(drawn, drawn + draws, dtype=torch.int64, device=device)
+        counter = pages * PAGE + torch.arange(drawn, drawn + draws, dtype=torch.int64, device=pages.device)
         # 1 + floor(log u / log(1−p)) is the distance to the next kept element.
-        u = _uniform(key, counter)
-        gap = u.log_().mul_(1 / math.log1p(-density)).floor_().add_(1).to(torch.int64)
+        gap = _uniform(words, counter).log_().mul_(1 / math.log1p(-density)).floor_().add_(1).to(torch.int64)
         position = gap.cumsum(1).add_(at)
         positions.append(position)
         at = position[:, -1:]
         drawn += draws
     position = torch.cat(positions, 1) if len(positions) > 1 else positions[0]
-    flat = (page * PAGE + position)[position < PAGE]
-    return flat[(flat >= start) & (flat < stop)]
+    flat = pages * PAGE + position
+    inside = position < PAGE
+    if limit is not None:
+        inside &= flat < limit
+    row, column = inside.nonzero(as_tuple=True)
+    return flat[row, column], row
 
 
 def bernoulli_mask(
@@ -101,23 +145,28 @@ def bernoulli_mask(
     threshold = round(density * 2**32) - 2**31  # on the hash shifted to signed
     for begin in range(start, stop, _CHUNK):
         end = min(stop, begin + _CHUNK)
-        hashed = _hash(key, torch.arange(begin, end, dtype=torch.int64, device=device))
-        torch.lt(hashed.bitwise_xor_(-(2**31)), threshold, out=mask[begin - start : end - start])
+        hashed = _hash(_words(key), torch.arange(begin, end, dtype=torch.int64, device=device))
+        torch.lt(hashed, threshold, out=mask[begin - start : end - start])
     return mask
 
 
-def _uniform(key: int, counter: Tensor) -> Tensor:
+def _uniform(words: tuple[int, int] | tuple[Tensor, Tensor], counter: Tensor) -> Tensor:
     """Numbers in (0, 1) in float64 with 32 random bits."""
-    return _hash(key, counter).bitwise_xor_(-(2**31)).to(torch.float64).add_(2.0**31).mul_(2.0**-32).add_(_TINY)
+    return _hash(words, counter).to(torch.float64).mul_(2.0**-32).add_(0.5 + _TINY)
 
 
-def _hash(key: int, counter: Tensor) -> Tensor:
+def _hash(words: tuple[int, int] | tuple[Tensor, Tensor], counter: Tensor) -> Tensor:
     """32 random bits (as int32) for each 64-bit counter."""
-    low, high = key & 0xFFFFFFFF, key >> 32
+    low, high = words
     x = counter.to(torch.int32)  # the low half: conversion wraps
-    x = _mix(x.bitwise_xor_(_signed(low)))
-    x += counter.bitwise_right_shift(32).to(torch.int32).mul_(_signed(0x9E3779B9)).add_(_signed(high))
+    x ^= low
+    x = _mix(x)
+    x += counter.bitwise_right_shift(32).to(torch.int32).mul_(_signed(0x9E3779B9)).add_(high)
     return _mix(x)
+
+
+def _words(key: int) -> tuple[int, int]:
+    return _signed(key & 0xFFFFFFFF), _signed(key >> 32)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -13,8 +13,8 @@ from ..errors import ArgumentError
 from .masks import bernoulli_mask
 
 RESCALES = ("none", "expectation", "l1")
-_SAMPLE = 1 << 14  # elements looked at to guess the k-th magnitude
-_CHUNK = 1 << 18
+_SAMPLE = 1 << 12  # elements looked at to guess the k-th magnitude
+_CHUNK = 1 << 16  # elements searched at a time: the scratch stays in the cache
 
 
 @runtime_checkable
@@ -59,7 +59,7 @@ class Random:
         _check(self.density, self.rescale)
 
     def __call__(self, x: Tensor, key: int | None = None) -> Tensor:
-        """F(x), dense and of x's shape. ``key`` (`paretune.operators.mask_key`) names the mask; needed below density 1."""
+        """F(x), dense and of x's shape. ``key`` (from `mask_key`) names the mask; needed below density 1."""
         if self.density == 1:
             return x.clone()
         if key is None:
@@ -121,44 +121,70 @@ def kept(density: float, n: int) -> int:
 
 
 def largest(x: Tensor, k: int) -> Tensor:
-    """Ascending positions (int64) of the k entries of the flat tensor x that are largest in magnitude; see `Magnitude`."""
+    """Ascending positions (int64) of the k largest entries in magnitude of the flat tensor x; see `Magnitude`."""
     if k >= x.numel():
         return x.nonzero().view(-1)
-    keys = _magnitude_keys(x)
-    chosen = _exactly(keys, k)
-    return chosen
+    return _exactly(_magnitude_keys(x), k)
 
 
-def largest_streamed(read: Callable[[int, int], Tensor], sample: Callable[[Tensor], Tensor], n: int, k: int) -> Tensor:
-    """What `largest` returns, for a tensor that is computed in chunks and never held whole.
+class Source(Protocol):
+    """A flat tensor that is computed where it is asked for."""
+
+    @property
+    def n(self) -> int: ...
+
+    def at(self, index: Tensor) -> Tensor:
+        """The elements at these positions (int64)."""
+        ...
+
+    def slice(self, start: int, stop: int, step: int = 1) -> Tensor:
+        """The elements of a range."""
+        ...
+
+    def above(self, start: int, stop: int, bound: float) -> Tensor:
+        """Ascending positions, counted from ``start``, of a superset of the elements with magnitude ≥ bound > 0."""
+        ...
+
+
+def above(x: Tensor, bound: float) -> Tensor:
+    """Positions of the elements with magnitude ≥ bound; NaN counts. `Source.above` for a tensor that is there."""
+    return (x.abs() < bound).bitwise_not_().nonzero().view(-1)
+
+
+def largest_streamed(source: Source, k: int) -> tuple[Tensor, Tensor]:
+    """What `largest` returns, with the entries' values, for a tensor that is never held whole.
 
     A sampled quantile gives a lower bound of the k-th magnitude; one pass collects the candidates above it; the exact
     choice is made among these. A bound that proves too high is lowered and the pass repeated.
 
     Args:
-        read: ``read(start, stop)`` computes these elements.
-        sample: computes the elements at given positions (int64).
-        n: how many elements there are.
+        source: computes elements where asked.
         k: how many are wanted.
     """
+    n = source.n
     if n <= 4 * _SAMPLE or k * 4 >= n:
-        return largest(torch.cat([read(i, min(n, i + _CHUNK)) for i in range(0, n, _CHUNK)]) if n else read(0, 0), k)
-    places = (torch.arange(_SAMPLE, dtype=torch.float64) * (n / _SAMPLE)).long()
-    ranked = _magnitude_keys(sample(places)).sort(descending=True).values
-    share = _SAMPLE * k / n
+        return _largest_whole(source, k)
+    # An odd stride does not fall into step with the rows of a matrix.
+    sample = source.slice(0, n, (n // _SAMPLE) | 1).abs().nan_to_num_(math.inf, math.inf)
+    share = sample.numel() * k / n
     rank = int(share + 4 * share**0.5 + 4)
-    while True:
-        bound = int(ranked[rank]) if rank < _SAMPLE else 0
-        indices, keys = [], []
-        for start in range(0, n, _CHUNK):
-            key = _magnitude_keys(read(start, min(n, start + _CHUNK)))
-            index = (key > bound if bound == 0 else key >= bound).nonzero().view(-1)
-            keys.append(key[index])
-            indices.append(index.add_(start))
-        candidates = torch.cat(indices)
-        if candidates.numel() >= k or bound == 0:
-            return candidates if candidates.numel() <= k else candidates[_exactly(torch.cat(keys), k)]
+    while rank < sample.numel() and (bound := float(sample.topk(rank + 1, sorted=False).values.min())) > 0:
+        found = [source.above(i, min(n, i + _CHUNK), bound).add_(i) for i in range(0, n, _CHUNK)]
+        candidates = torch.cat(found)
+        values = source.at(candidates)
+        keys = _magnitude_keys(values)
+        certain = keys >= int(_magnitude_keys(torch.tensor([bound], dtype=sample.dtype)))
+        if int(certain.sum()) >= k:
+            chosen = _exactly(keys, k)
+            return candidates[chosen], values[chosen]
         rank = 2 * rank + 1
+    return _largest_whole(source, k)
+
+
+def _largest_whole(source: Source, k: int) -> tuple[Tensor, Tensor]:
+    values = source.slice(0, source.n)
+    index = largest(values, k)
+    return index, values[index]
 
 
 def _exactly(keys: Tensor, k: int) -> Tensor:

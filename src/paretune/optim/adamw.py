@@ -8,11 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..operators import above
 from .weights import CHUNK
 
 
 def update_moments(
-    means: Sequence[Tensor], squares: Sequence[Tensor], gradients: Sequence[Tensor], betas: tuple[float, float]
+    means: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    betas: tuple[float, float],
+    parameters: Sequence[Tensor] = (),
 ) -> None:
     """m ← β₁m + (1−β₁)g; v ← β₂v + (1−β₂)g², in place.
 
@@ -20,8 +25,20 @@ def update_moments(
         means, squares: m and v, flat, float32 (float64 for float64 parameters).
         gradients: g, flat, of any floating dtype.
         betas: (β₁, β₂).
+        parameters: given where the last bit may differ from ``foreach=False``: then torch's fused kernel runs, with
+            learning rate 0, where all are contiguous float32; it is faster than three passes.
     """
     beta1, beta2 = betas
+    if parameters and all(_fusible(p, g) for p, g in zip(parameters, gradients, strict=True)):
+        for device in {p.device for p in parameters}:
+            at = [i for i, p in enumerate(parameters) if p.device == device]
+            p, m, v, g = ([tensors[i] for i in at] for tensors in (parameters, means, squares, gradients))
+            steps = [torch.ones((), device=device)] * len(at)  # without effect at learning rate 0
+            torch._fused_adamw_(
+                [x.view(-1) for x in p], g, m, v, [], steps,
+                lr=0.0, beta1=beta1, beta2=beta2, weight_decay=0.0, eps=1.0, amsgrad=False, maximize=False,
+            )  # fmt: skip
+        return
     same = [i for i, (m, g) in enumerate(zip(means, gradients, strict=True)) if m.dtype == g.dtype]
     if same:
         m, v, g = ([tensors[i] for i in same] for tensors in (means, squares, gradients))
@@ -30,10 +47,18 @@ def update_moments(
         torch._foreach_addcmul_(v, g, g, 1 - beta2)
     for i in set(range(len(means))).difference(same):
         for start in range(0, means[i].numel(), CHUNK):
-            at = slice(start, start + CHUNK)
-            g32 = gradients[i][at].to(means[i].dtype)
-            means[i][at].lerp_(g32, 1 - beta1)
-            squares[i][at].mul_(beta2).addcmul_(g32, g32, value=1 - beta2)
+            part = slice(start, start + CHUNK)
+            g32 = gradients[i][part].to(means[i].dtype)
+            means[i][part].lerp_(g32, 1 - beta1)
+            squares[i][part].mul_(beta2).addcmul_(g32, g32, value=1 - beta2)
+
+
+def _fusible(parameter: Tensor, gradient: Tensor) -> bool:
+    return (
+        parameter.dtype == gradient.dtype == torch.float32
+        and parameter.is_contiguous()
+        and parameter.device.type in ("cpu", "cuda")
+    )
 
 
 @dataclass
@@ -63,18 +88,51 @@ class AdamUpdate:
 
     def at(self, index: Tensor) -> Tensor:
         """δ (with what is pending) at flat positions."""
-        delta = self._delta(self.mean[index], self.square[index])
+        delta = self._delta(self.mean.take(index), self.square.take(index))
         return delta if self.pending is None else delta.add_(self.pending[index])
 
-    def slice(self, start: int, stop: int) -> Tensor:
+    @staticmethod
+    def at_all(updates: Sequence[AdamUpdate], indices: Sequence[Tensor]) -> Tensor:
+        """``at`` of some updates, concatenated; computed at once where their settings are the same."""
+        pairs = list(zip(updates, indices, strict=True))
+        first = updates[0]
+        if any(u.pending is not None or u._settings() != first._settings() for u in updates):
+            return torch.cat([u.at(index) for u, index in pairs])
+        mean = torch.cat([u.mean.take(index) for u, index in pairs])
+        return first._delta(mean, torch.cat([u.square.take(index) for u, index in pairs]))
+
+    def slice(self, start: int, stop: int, step: int = 1) -> Tensor:
         """δ (with what is pending) of a range."""
-        delta = self._delta(self.mean[start:stop], self.square[start:stop])
-        return delta if self.pending is None else delta.add_(self.pending[start:stop])
+        delta = self._delta(self.mean[start:stop:step], self.square[start:stop:step])
+        return delta if self.pending is None else delta.add_(self.pending[start:stop:step])
+
+    def above(self, start: int, stop: int, bound: float) -> Tensor:
+        """Ascending positions, from ``start``, of a superset of the elements with |δ| ≥ bound > 0; NaN counts.
+
+        |δ| ≥ bound needs |m|·η' ≥ bound·√v', thus m² ≥ c·v: no root and no division. Only where ε is so small that
+        such an m² could underflow is δ itself computed.
+        """
+        size, root = self._scales()
+        needed = bound * self.eps / size if size else 0.0  # |m| is at least this
+        if self.pending is not None or needed < 1e-17:
+            return above(self.slice(start, stop), bound)
+        factor = (bound / size) ** 2 * (1.0 if self.released else 1 / root**2) * (1 - 1e-5)
+        mean = self.mean[start:stop]
+        return torch.le(mean * mean, self.square[start:stop] * factor).bitwise_not_().nonzero().view(-1)
+
+    def _settings(self) -> tuple[object, ...]:
+        return self.step, self.lr, self.betas, self.eps, self.released, self.mean.dtype
+
+    def _scales(self) -> tuple[float, float]:
+        """The factor of m, and √(1−β₂ᵗ)."""
+        root = (1 - self.betas[1] ** self.step) ** 0.5
+        size = self.lr / (1 - self.betas[0] ** self.step)
+        return (size * root if self.released else size), root
 
     def _delta(self, mean: Tensor, square: Tensor) -> Tensor:
         # the order of operations is torch's: addcdiv computes (value·m)/denominator
-        size = self.lr / (1 - self.betas[0] ** self.step)
-        root = (1 - self.betas[1] ** self.step) ** 0.5
-        if self.released:
-            return (mean * -(size * root)).div_(square.sqrt().add_(self.eps))
-        return (mean * -size).div_(square.sqrt().div_(root).add_(self.eps))
+        size, root = self._scales()
+        denominator = square.sqrt()
+        if not self.released:
+            denominator.div_(root)
+        return (mean * -size).div_(denominator.add_(self.eps))

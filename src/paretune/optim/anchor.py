@@ -18,7 +18,8 @@ from .wrapper import OptimizerWrapper, local, shard_like
 
 Reference: TypeAlias = "str | os.PathLike[str] | nn.Module | Mapping[str, Tensor] | None"
 
-_CHUNK = 1 << 20  # elements pulled at a time
+_CHUNK = 1 << 15  # elements pulled at a time: on the CPU the scratch stays in the cache …
+_DEVICE_CHUNK = 1 << 24  # … and elsewhere few kernels are started
 _SAMPLES = 256  # elements of each tensor in the fingerprint
 
 
@@ -37,7 +38,7 @@ class Anchor(OptimizerWrapper):
 
     Arithmetic is float32 (float64 for float64 parameters). For float32 parameters the result is rounded once;
     for bf16 and fp16 ones, whose spacing would swallow the pull, what rounding left out is carried to the next
-    step in the optimizer state (``anchor_carry``, float32, 4 bytes a parameter).
+    step, and saved with the optimizer's state (``anchor_carry``, float32, 4 bytes a parameter).
 
     The reference is never part of the state dict: a fingerprint of it is (``anchor_fingerprint`` in
     ``param_groups``), and a state saved with another reference is refused. With ``None`` build the optimizer
@@ -56,7 +57,7 @@ class Anchor(OptimizerWrapper):
         MismatchError: parameters that the reference lacks or has in another shape.
 
     Reference:
-        arXiv 2309.06256, section 4 (its L1 and L2 penalty baselines, there inside the loss).
+        arXiv 2309.06256, the L1 and L2 penalty baselines (there inside the loss).
 
     Example:
         >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -134,7 +135,7 @@ class Anchor(OptimizerWrapper):
                 mend = "the pull is scaled by the learning rate; give the inner optimizer an explicit lr"
                 raise ArgumentError(f"param_groups[{index}]['lr']", lr, mend)
             if float(lr) * self.l2 > 1:
-                mend = f"beyond lr·l2 = 1 the pull overshoots the reference; at lr={float(lr):g} give ≤ {1 / float(lr):g}"
+                mend = f"lr·l2 must be ≤ 1, more overshoots the reference; at lr={float(lr):g} give ≤ {1 / float(lr):g}"
                 raise ArgumentError("l2", self.l2, mend)
 
     def _meet(self) -> None:
@@ -210,10 +211,9 @@ class Anchor(OptimizerWrapper):
                     continue
                 carry = None
                 if torch.finfo(p.dtype).bits < 32:
-                    state = self.state[p]
-                    if "anchor_carry" not in state:
-                        state["anchor_carry"] = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
-                    carry = local(state["anchor_carry"])
+                    if p not in self.own:
+                        self.own[p] = {"anchor_carry": torch.zeros_like(p, dtype=torch.float32, requires_grad=False)}
+                    carry = local(self.own[p]["anchor_carry"])
                 if lr != 0 and not initialising:
                     self._pull(local(p.detach()), carry, self._local_reference(name, p), lr)
 
@@ -222,8 +222,9 @@ class Anchor(OptimizerWrapper):
         flat = p.view(-1) if p.is_contiguous() else p.reshape(-1)
         wide = torch.promote_types(p.dtype, torch.float32)
         left = None if carry is None else carry.reshape(-1)
-        for start in range(0, flat.numel(), _CHUNK):
-            part = slice(start, start + _CHUNK)
+        chunk = _CHUNK if p.device.type == "cpu" else _DEVICE_CHUNK
+        for start in range(0, flat.numel(), chunk):
+            part = slice(start, start + chunk)
             theta = flat[part].to(wide)
             if left is not None:
                 theta = theta + left[part]
@@ -253,7 +254,7 @@ def pull(theta: Tensor, reference: Tensor, shrink: float, threshold: float) -> T
         The pulled policy.
 
     Reference:
-        arXiv 2309.06256, section 4 (penalties); the L1 step is the proximal operator of threshold·‖θ − θ_r‖₁.
+        arXiv 2309.06256, the L1 and L2 baselines; the L1 step is the proximal operator of threshold·‖θ − θ_r‖₁.
 
     Example:
         >>> pull(torch.tensor([5.0, 1.5]), torch.ones(2), shrink=0.5, threshold=0.5)

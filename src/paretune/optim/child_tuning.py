@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-import torch  # noqa: F401 (the example)
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -24,6 +23,7 @@ class ChildTuning(OptimizerWrapper):
       Fisher information. Not divided by p: the paper scales only F.
 
     D ranks all parameters *together*, as the paper's code does: layers then get children of unequal density.
+    (That code ranks and masks only parameters with "layer" in their name and trains the others freely.)
     Parameters whose information is 0 are never in the child (unless p = 1), and ties at the limit are spread
     evenly over the tied parameters.
 
@@ -31,7 +31,7 @@ class ChildTuning(OptimizerWrapper):
     D's complement exactly), and an inner optimizer with momentum keeps moving what an earlier mask of F let
     through. F's masks are a function of (seed, step, parameter name): nothing is drawn from torch's generators
     and nothing is stored but the step, ``child_calls``, in ``param_groups``. D's mask is made in the first step,
-    lives in the optimizer state as ``child_mask`` (bool, 1 byte a parameter) and is saved and loaded with it.
+    is saved and loaded with the optimizer's state as ``child_mask`` (bool, 1 byte a parameter).
     ``.grad`` is as the user left it after the step, which costs one more set of gradients during it.
 
     Args:
@@ -48,9 +48,10 @@ class ChildTuning(OptimizerWrapper):
             parameters; parameters without names.
 
     Reference:
-        arXiv 2109.05687, Eq. 3-5 (F) and Eq. 6-8 (D); a baseline of arXiv 2405.17931.
+        arXiv 2109.05687, section 2.2 (F), 2.3 (D) and released code; a baseline of arXiv 2405.17931.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Linear(4, 1, bias=False)
         >>> inner = torch.optim.SGD(model.named_parameters(), lr=1.0)
         >>> fisher = {"weight": torch.tensor([[4.0, 1.0, 3.0, 2.0]])}
@@ -161,7 +162,7 @@ class ChildTuning(OptimizerWrapper):
     def _child_gradient(self, name: str, p: Tensor, gradient: Tensor, step: int) -> Tensor:
         # Multiplied, not selected: a NaN outside the child still shows, as it would without this wrapper.
         if self.mode == "D":
-            return gradient * self.state[p]["child_mask"]
+            return gradient * self.own[p]["child_mask"]
         key = mask_key(self.seed, step, "gradient", name)
         mask = bernoulli_mask(key, p.numel(), self.density, device=p.device).view(p.shape)
         return (gradient * shard_like(mask, gradient)).div_(self.density)
@@ -171,11 +172,11 @@ class ChildTuning(OptimizerWrapper):
         if self.mode == "F" or self._fisher is None:
             return
         parameters = {name: p for _, pairs in self.named_groups() for name, p in pairs}
-        if not all("child_mask" in self.state.get(p, ()) for p in parameters.values()):
+        if not all(p in self.own for p in parameters.values()):
             fisher = self._checked(self._fisher()) if callable(self._fisher) else self._fisher
             for name, mask in child_masks({name: fisher[name] for name in parameters}, self.density).items():
                 p = parameters[name]
-                self.state[p]["child_mask"] = shard_like(mask, p)
+                self.own[p] = {"child_mask": shard_like(mask, p)}
         self._fisher = None
 
     def _checked(self, fisher: Fisher) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ class EMA:
         ArgumentError: ``decay`` or ``dtype`` is out of range, a name occurs twice, or nothing is trainable.
 
     Reference:
-        arXiv 2405.17931, section 4 (the EMA baseline; its best μ is 1e-3).
+        arXiv 2405.17931, the EMA baseline (its best μ is 1e-3).
 
     Example:
         >>> model = torch.nn.Linear(1, 1, bias=False)

@@ -41,7 +41,7 @@ def fisher_information(
         DataError: there is no batch, or a gradient is not finite.
 
     Reference:
-        arXiv 2109.05687, Eq. 7.
+        arXiv 2109.05687, section 2.3.
 
     Example:
         >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -99,7 +99,7 @@ def child_masks(fisher: Fisher, density: float) -> dict[str, Tensor]:
         ArgumentError: ``density`` is out of range, or a value is negative or not finite.
 
     Reference:
-        arXiv 2109.05687, Eq. 8.
+        arXiv 2109.05687, section 2.3.
 
     Example:
         >>> child_masks({"a": torch.tensor([1.0, 5.0]), "b": torch.tensor([3.0, 2.0])}, 0.5)

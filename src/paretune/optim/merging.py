@@ -111,7 +111,8 @@ class OnlineMerging(OptimizerWrapper):
         groups = self.named_groups()
         trained = {p: name for _, named in groups for name, p in named if p.grad is not None}
         for p, name in trained.items():
-            require_dense(name, p.grad)
+            if p.grad is not None:
+                require_dense(name, p.grad)
         before = {p: p.detach().clone() for p in trained}
         decays = [group.get("weight_decay", 0.0) if self._decays_apart(group) else None for group, _ in groups]
         try:
@@ -133,7 +134,7 @@ class OnlineMerging(OptimizerWrapper):
 
     def _apply(self, name: str, p: Tensor, before: Tensor, decay: float, call: int, merging: bool) -> None:
         self._make_state(p)
-        state = self.state[p]
+        state = self.own.setdefault(p, {})
         wide = torch.float64 if p.dtype == torch.float64 else torch.float32
         delta = (p.detach().to(wide) - before.to(wide)).reshape(-1)
         p.copy_(before)
@@ -143,21 +144,22 @@ class OnlineMerging(OptimizerWrapper):
         pending = state.get("pending")
         if not merging:
             weights.add(delta)
-            pending.view(-1).add_(delta)
+            state["pending"].view(-1).add_(delta)
         else:
             if pending is not None:
                 weights.add(pending.view(-1).neg())
                 delta.add_(pending.view(-1))
                 pending.zero_()
-            index, values = self.rule.merged(DenseUpdate(delta), self._tau, name, self.weight, call, p.device)
-            if index is None:
-                weights.add(values)
-            else:
-                weights.add_at(index, values)
+            merged = self.rule.merged([DenseUpdate(delta)], [name], self._tau, self.weight, call, p.device)
+            for _, index, values in merged:
+                if index is None:
+                    weights.add(values)
+                else:
+                    weights.add_at(index, values)
         weights.finish()
 
     def _make_state(self, p: Tensor) -> None:
-        state = self.state[p]
+        state = self.own.setdefault(p, {})
         if p.dtype == torch.bfloat16 and "master_low" not in state:
             state["master_low"] = torch.zeros(p.numel(), dtype=torch.int16, device=p.device)
         if self.every > 1 and "pending" not in state:

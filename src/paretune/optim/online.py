@@ -117,43 +117,66 @@ class _OnlineAdamW(Optimizer):
             [s["exp_avg_sq"].view(-1) for s in states],
             [p.grad.reshape(-1) for _, p in trained],
             group["betas"],
+            # density 1 keeps torch's own arithmetic to the last bit, a mask need not
+            [p for _, p in trained] if group["density"] < 1 and group["every"] == 1 else (),
         )
-        merging = (group["calls"] + 1) % group["every"] == 0
-        rule = self._rule(group)
-        for (name, p), state in zip(trained, states, strict=True):
-            state["step"] += 1
-            self._apply(name, p, state, group, rule if merging else None)
+        if states:
+            torch._foreach_add_([state["step"] for state in states], 1)
+        self._apply(trained, states, group, merging=(group["calls"] + 1) % group["every"] == 0)
         group["calls"] += 1
 
-    def _apply(self, name: str, p: Tensor, state: dict[str, Any], group: dict[str, Any], rule: Rule | None) -> None:
+    def _apply(
+        self, named: list[tuple[str, Tensor]], states: list[dict[str, Any]], group: dict[str, Any], merging: bool
+    ) -> None:
         lr, released = float(group["lr"]), group["variant"] == "released"
-        weights = Weights(p, state.get("master_low"))
-        update = AdamUpdate(
-            state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1), state["step"].item(), lr, group["betas"],
-            group["eps"], released,
-        )  # fmt: skip
         decay = 1 - lr * group["weight_decay"]
-        if decay != 1 and not released:  # torch decays before the update, the released code after it
-            weights.scale(decay)
-        pending = state.get("pending")
-        if rule is None:
-            delta = update.slice(0, update.n)
-            weights.add(delta)
-            state["pending"].view(-1).add_(delta)
+        weights, updates = [], []
+        for (_, p), state in zip(named, states, strict=True):
+            mean, square = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
+            updates.append(
+                AdamUpdate(mean, square, state["step"].item(), lr, group["betas"], group["eps"], released=released)
+            )
+            weights.append(Weights(p, state.get("master_low")))
+            if decay != 1 and not released:  # torch decays before the update, the released code after it
+                weights[-1].scale(decay)
+        if merging:
+            self._merge(named, states, group, weights, updates)
         else:
-            if pending is not None:  # Step-K: roll back to the last merge, merge everything since
-                weights.add(pending.view(-1).neg())
-                update.pending = pending.view(-1)
-            index, values = rule.merged(update, self._tau, name, group["weight"], group["calls"], p.device)
-            if index is None:
-                weights.add(values)
-            else:
-                weights.add_at(index, values)
-            if pending is not None:
-                pending.zero_()
-        if decay != 1 and released:
-            weights.scale(decay)
-        weights.finish()
+            for weight, update, state in zip(weights, updates, states, strict=True):
+                delta = update.slice(0, update.n)
+                weight.add(delta)
+                state["pending"].view(-1).add_(delta)
+        for weight in weights:
+            if decay != 1 and released:
+                weight.scale(decay)
+            weight.finish()
+
+    def _merge(
+        self,
+        named: list[tuple[str, Tensor]],
+        states: list[dict[str, Any]],
+        group: dict[str, Any],
+        weights: list[Weights],
+        updates: list[AdamUpdate],
+    ) -> None:
+        for weight, update, state in zip(weights, updates, states, strict=True):
+            if "pending" in state:  # Step-K: roll back to the last merge, merge everything since
+                update.pending = state["pending"].view(-1)
+                weight.add(update.pending.neg())
+        rule, names = self._rule(group), [name for name, _ in named]
+        for device in {p.device for _, p in named}:
+            here = [i for i, (_, p) in enumerate(named) if p.device == device]
+            merged = rule.merged(
+                [updates[i] for i in here], [names[i] for i in here], self._tau, group["weight"], group["calls"], device
+            )
+            for i, index, values in merged:
+                if index is None:
+                    weights[here[i]].add(values)
+                else:
+                    weights[here[i]].add_at(index, values)
+        for state in states:
+            if "pending" in state:
+                state["pending"].zero_()
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         method = METHODS[self.method if group["variant"] == "paper" else f"{self.method}-released"]

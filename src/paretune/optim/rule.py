@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from itertools import accumulate
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,31 +15,25 @@ from ..operators import (
     Consensus,
     Magnitude,
     Random,
+    Source,
     Sparsify,
+    above,
     kept,
     largest_streamed,
     mask_key,
-    sampled_indices,
+    sampled_indices_of,
 )
 from ..task_vector import TaskVector
+from .adamw import AdamUpdate
 from .sparse import SparseVector, sparse_tau, union
 
+_BATCH = 1 << 20  # kept entries handled at once: bounds the scratch memory
 _MAGNITUDE_LIMIT = 0.25  # up to this density selecting is cheaper than the dense form
-
-
-class Update(Protocol):
-    """The update δ of one parameter, computed where it is asked for."""
-
-    @property
-    def n(self) -> int: ...
-
-    def at(self, index: Tensor) -> Tensor: ...
-    def slice(self, start: int, stop: int) -> Tensor: ...
 
 
 @dataclass
 class DenseUpdate:
-    """An update that is there already."""
+    """An update that is there already, flat."""
 
     values: Tensor
 
@@ -48,8 +44,11 @@ class DenseUpdate:
     def at(self, index: Tensor) -> Tensor:
         return self.values[index]
 
-    def slice(self, start: int, stop: int) -> Tensor:
-        return self.values[start:stop]
+    def slice(self, start: int, stop: int, step: int = 1) -> Tensor:
+        return self.values[start:stop:step]
+
+    def above(self, start: int, stop: int, bound: float) -> Tensor:
+        return above(self.values[start:stop], bound)
 
 
 @dataclass(frozen=True)
@@ -75,13 +74,32 @@ class Rule:
     eps: float = 1e-8
 
     def merged(
-        self, update: Update, tau: Tau, name: str, weight: float, call: int, device: torch.device
-    ) -> tuple[Tensor | None, Tensor]:
-        """What is added to a parameter: ``(positions, values)``, or ``(None, values of all elements)``."""
-        own = self._for_size(update.n)
-        if own.is_sparse:
-            return own.sparse(update, tau, name, weight, call, device)
-        return None, own.dense(update, tau, name, weight, call, device)
+        self, updates: Sequence[Source], names: Sequence[str], tau: Tau, weight: float, call: int, device: torch.device
+    ) -> Iterator[tuple[int, Tensor | None, Tensor]]:
+        """What is added to some parameters: ``(which, positions, values)``, or positions None for all elements.
+
+        Args:
+            updates: δ of each parameter.
+            names: their plain names.
+            tau: the task vector.
+            weight: α.
+            call: the step, which keys the masks.
+            device: where the parameters are.
+        """
+        rules = [self._for_size(update.n) for update in updates]
+        batch: list[int] = []
+        expected = 0.0
+        for i, (rule, update) in enumerate(zip(rules, updates, strict=True)):
+            if not rule.is_sparse:
+                yield i, None, rule.dense(update, names[i], tau, weight, call, device)
+                continue
+            batch.append(i)
+            expected += update.n * rule.sparsify.density
+            if expected > _BATCH:
+                yield from self._sparse_batch(batch, updates, names, tau, weight, call, device)
+                batch, expected = [], 0.0
+        if batch:
+            yield from self._sparse_batch(batch, updates, names, tau, weight, call, device)
 
     @property
     def is_sparse(self) -> bool:
@@ -92,26 +110,70 @@ class Rule:
             return self.sparsify.density <= _MAGNITUDE_LIMIT and self.sparsify.rescale != "l1"
         return False
 
-    def dense(self, update: Update, tau: Tau, name: str, weight: float, call: int, device: torch.device) -> Tensor:
-        """The definition, on whole tensors."""
+    def dense(self, update: Source, name: str, tau: Tau, weight: float, call: int, device: torch.device) -> Tensor:
+        """The definition, on a whole tensor."""
         delta = update.slice(0, update.n)
         kept_delta = self._sparsified_update(delta, name, call)
         kept_tau = self._sparsified_tau(tau, name, call).to(device, delta.dtype)
         return self.consensus(kept_delta, kept_tau, weight)
 
     def sparse(
-        self, update: Update, tau: Tau, name: str, weight: float, call: int, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """The same, at the kept positions only."""
-        scale = 1 / self.sparsify.density if self.sparsify.rescale == "expectation" else 1.0
+        self, updates: Sequence[Source], names: Sequence[str], tau: Tau, weight: float, call: int, device: torch.device
+    ) -> list[list[tuple[Tensor, Tensor]]]:
+        """The same at the kept positions only, for some tensors at once.
+
+        Each tensor's result is two disjoint lists of positions and values: those of δ, and those of τ alone.
+        """
+        density = self.sparsify.density
+        sizes = [update.n for update in updates]
         if isinstance(self.sparsify, Random):
-            index = sampled_indices(self._key("update", name, call), update.n, self.sparsify.density, device=device)
+            keys = [self._key(stream, name, call) for stream in ("update", "tau") for name in names]
+            indices = sampled_indices_of(keys, sizes * 2, density)
+            own, other = [index.to(device) for index in indices[: len(names)]], indices[len(names) :]
+            delta = _at_all(updates, own)
+            tau_values = tau.gather_all(names, other)
         else:
-            index = _largest_of(update, self.sparsify.density, device)
-        delta = update.at(index) * scale if scale != 1 else update.at(index)
-        index_tau, values_tau = self._kept_tau(tau, name, call, scale)
-        index, a, b = union(index, delta, index_tau.to(device), values_tau.to(device))
-        return index, self.consensus(a, b, weight)
+            found = [largest_streamed(update, kept(density, update.n)) for update in updates]
+            own, delta = [index for index, _ in found], torch.cat([values for _, values in found])
+            stored = [tau.largest(name, density) for name in names]
+            other = [vector.index for vector in stored]
+            tau_values = torch.cat([vector.values for vector in stored])
+        if self.sparsify.rescale == "expectation":
+            delta, tau_values = delta / density, tau_values / density
+        if self.released and isinstance(self.sparsify, Random):
+            tau_values = tau_values.clamp(-self.clip, self.clip)
+        # One union for all tensors: positions shifted by where each tensor would begin.
+        begins = [0, *accumulate(sizes)]
+        shifted = torch.cat([index + begin for index, begin in zip(own, begins, strict=False)])
+        shifted_tau = torch.cat([index + begin for index, begin in zip(other, begins, strict=False)]).to(device)
+        alone, a, b = union(shifted, delta, shifted_tau, tau_values.to(device))
+        values = self.consensus(a, b, weight)
+        ends = torch.tensor(begins[1:], device=device)
+        counts = torch.searchsorted(alone, ends).diff(prepend=torch.zeros(1, dtype=torch.int64, device=device))
+        parts = zip(
+            own,
+            values[: shifted.numel()].split([index.numel() for index in own]),
+            alone.split(counts.tolist()),
+            values[shifted.numel() :].split(counts.tolist()),
+            begins,
+            strict=False,
+        )
+        return [[(index, v), (rest - begin, w)] for index, v, rest, w, begin in parts]
+
+    def _sparse_batch(
+        self,
+        batch: list[int],
+        updates: Sequence[Source],
+        names: Sequence[str],
+        tau: Tau,
+        weight: float,
+        call: int,
+        device: torch.device,
+    ) -> Iterator[tuple[int, Tensor | None, Tensor]]:
+        results = self.sparse([updates[i] for i in batch], [names[i] for i in batch], tau, weight, call, device)
+        for i, parts in zip(batch, results, strict=True):
+            for index, values in parts:
+                yield i, index, values
 
     def _sparsified_update(self, delta: Tensor, name: str, call: int) -> Tensor:
         key = self._key("update", name, call)
@@ -129,24 +191,11 @@ class Rule:
             out = Random(self.sparsify.density, rescale)(tau.dense(name), self._key("tau", name, call))
             return out.clamp_(-self.clip, self.clip) if self.released else out
         if isinstance(self.sparsify, Magnitude) and self.sparsify.rescale != "l1":
-            index, values = self._kept_tau(tau, name, call, 1.0)
-            out = torch.zeros(tau.numel(name))
-            out[index] = values
+            stored = tau.largest(name, self.sparsify.density)
+            out = torch.zeros(stored.n)
+            out[stored.index] = stored.values
             return out if self.sparsify.rescale == "none" else out.div_(self.sparsify.density)
         return self.sparsify(tau.dense(name), self._key("tau", name, call))
-
-    def _kept_tau(self, tau: Tau, name: str, call: int, scale: float) -> tuple[Tensor, Tensor]:
-        if isinstance(self.sparsify, Random):
-            index = sampled_indices(self._key("tau", name, call), tau.numel(name), self.sparsify.density)
-            values = tau.gather(name, index)
-        else:
-            stored = tau.largest(name, self.sparsify.density)
-            index, values = stored.index, stored.values
-        if scale != 1:
-            values = values * scale
-        if self.released and isinstance(self.sparsify, Random):
-            values = values.clamp(-self.clip, self.clip)
-        return index, values
 
     def _key(self, stream: str, name: str, call: int) -> int:
         if stream == "tau" and self.released:
@@ -184,6 +233,11 @@ class Tau:
     def gather(self, name: str, index: Tensor) -> Tensor:
         return torch.zeros(index.numel()) if self.vector is None else self.vector.gather(name, index)
 
+    def gather_all(self, names: Sequence[str], indices: Sequence[Tensor]) -> Tensor:
+        if self.vector is None:
+            return torch.zeros(sum(index.numel() for index in indices))
+        return self.vector.gather_all(names, indices)
+
     def largest(self, name: str, density: float) -> SparseVector:
         """F(τ) by magnitude: static, so computed once and kept sparse (6 bytes a kept entry)."""
         key = (name, density)
@@ -206,8 +260,7 @@ class Tau:
         return "none" if self.vector is None else self.vector.fingerprint
 
 
-def _largest_of(update: Update, density: float, device: torch.device) -> Tensor:
-    def sample(places: Tensor) -> Tensor:
-        return update.at(places.to(device))
-
-    return largest_streamed(update.slice, sample, update.n, kept(density, update.n))
+def _at_all(updates: Sequence[Source], indices: Sequence[Tensor]) -> Tensor:
+    if all(isinstance(update, AdamUpdate) for update in updates):
+        return AdamUpdate.at_all(cast(Sequence[AdamUpdate], updates), indices)
+    return torch.cat([update.at(index) for update, index in zip(updates, indices, strict=True)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..operators import kept, largest, largest_streamed
+from ..operators import above, kept, largest_streamed
 from ..task_vector import TaskVector
 
 _PAGE = 1 << 16
@@ -44,34 +44,48 @@ def sparse_tau(tau: TaskVector, name: str, density: float) -> SparseVector:
     """F(τ) of one tensor by magnitude, with τ read in chunks and never held whole."""
     n = tau.numel(name)
     if density == 1:
-        index = tau.dense(name).nonzero().view(-1)
-    elif n <= _PAGE:
-        index = largest(tau.dense(name), kept(density, n))
-    else:
-        index = largest_streamed(
-            lambda start, stop: tau.dense(name, start, stop),
-            lambda places: tau.gather(name, places),
-            n,
-            kept(density, n),
-        )
-    return SparseVector(index, tau.gather(name, index), n)
+        values = tau.dense(name)
+        index = values.nonzero().view(-1)
+        return SparseVector(index, values[index], n)
+    return SparseVector(*largest_streamed(_TauSource(tau, name), kept(density, n)), n)
+
+
+class _TauSource:
+    """One tensor of τ, read where asked."""
+
+    def __init__(self, tau: TaskVector, name: str) -> None:
+        self.tau, self.name, self.n = tau, name, tau.numel(name)
+
+    def at(self, index: Tensor) -> Tensor:
+        return self.tau.gather(self.name, index)
+
+    def slice(self, start: int, stop: int, step: int = 1) -> Tensor:
+        if step == 1:
+            return self.tau.dense(self.name, start, stop)
+        return self.tau.gather(self.name, torch.arange(start, stop, step))
+
+    def above(self, start: int, stop: int, bound: float) -> Tensor:
+        return above(self.slice(start, stop), bound)
 
 
 def union(index_a: Tensor, values_a: Tensor, index_b: Tensor, values_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Two sparse vectors over common positions: ``(index, a, b)`` with zeros where one of them has no entry.
+    """Two sparse vectors over common positions: those of a, then those of b alone.
 
     Args:
         index_a, index_b: ascending positions (int64), each without repetition.
         values_a, values_b: their values.
+
+    Returns:
+        ``(alone, a, b)``: the positions of b that a lacks, ascending; and both vectors' values over the positions
+        ``[index_a, alone]``, zero where one of them has no entry.
     """
-    if index_a.numel() == 0 or index_b.numel() == 0:
-        index = torch.cat([index_a, index_b])
-        a = torch.cat([values_a, torch.zeros_like(values_b, dtype=values_a.dtype)])
-        return index, a, torch.cat([torch.zeros_like(values_a), values_b.to(values_a.dtype)])
+    values_b = values_b.to(values_a.dtype)
+    if index_a.numel() == 0:
+        return index_b, torch.zeros_like(values_b), values_b
     place = torch.searchsorted(index_a, index_b).clamp_(max=index_a.numel() - 1)
     shared = index_a[place] == index_b
-    values_b = values_b.to(values_a.dtype)
-    alone = values_b[~shared]
-    b = torch.cat([torch.zeros_like(values_a), alone])
-    b[place[shared]] = values_b[shared]
-    return torch.cat([index_a, index_b[~shared]]), torch.cat([values_a, torch.zeros_like(alone)]), b
+    alone = ~shared
+    own = torch.zeros_like(values_a)
+    own[place[shared]] = values_b[shared]
+    rest = values_b[alone]
+    return index_b[alone], torch.cat([values_a, torch.zeros_like(rest)]), torch.cat([own, rest])

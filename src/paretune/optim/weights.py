@@ -48,7 +48,10 @@ class Weights:
 
     def add_at(self, index: Tensor, values: Tensor) -> None:
         """θ_i ← θ_i + x_i at unique positions."""
-        self.put(index, self.get(index) + values)
+        if self.low is None:
+            self.flat.index_add_(0, index, values)
+        else:
+            self.put(index, self.get(index) + values)
 
     def add(self, values: Tensor, start: int = 0) -> None:
         """θ ← θ + x for the elements from ``start`` on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -103,16 +103,17 @@ class OptimizerWrapper(Optimizer):
     ``param_groups``, ``state`` and ``defaults`` *are* the inner optimizer's, so schedulers, gradient clipping,
     accelerate, ``torch.save`` and torch's distributed checkpoint treat both as one optimizer. A subclass
     defines ``_step``, which calls ``self.inner.step()`` once; own counters go into ``param_groups`` and own
-    tensors into ``state[parameter]``, with their keys in ``own_state``. They are made in ``_step``, never in
-    the constructor: torch's distributed checkpoint takes a state that is not empty for a complete one.
+    tensors into ``own[parameter]``, under keys named in ``own_state``: beside ``state``, because optimizers make
+    their own where they find none, but in the same place of the state dict. Both are made in ``_step``, since
+    accelerate may replace the parameters before it (FSDP2).
 
     - **Closures** are evaluated once, here; the inner optimizer never sees them.
     - **GradScaler**: a wrapper never claims ``_step_supports_amp_scaling``, so the scaler unscales the
       gradients itself and skips the whole step, counters included, when one is not finite.
     - **Names** come from ``group["param_names"]``, which torch keeps when an optimizer is built from
       ``model.named_parameters()``.
-    - **Loading** compares names first (torch would silently assign state by position) and restores the dtype
-      of ``own_state``, which torch casts to the parameter's.
+    - **Loading** compares names first (torch would silently assign state by position) and keeps the dtypes of
+      ``own_state``, which torch would cast to the parameter's.
 
     Args:
         inner_optimizer: any ``torch.optim.Optimizer`` over named parameters whose ``step`` needs no closure.
@@ -121,23 +122,29 @@ class OptimizerWrapper(Optimizer):
         ArgumentError: not an optimizer, one that needs a closure (LBFGS), or parameters without names.
 
     Example:
-        >>> class Quiet(OptimizerWrapper):
+        >>> class Halved(OptimizerWrapper):
         ...     def _step(self):
         ...         self.inner.step()
-        >>> model = torch.nn.Linear(2, 1)
-        >>> Quiet(torch.optim.SGD(model.named_parameters(), lr=0.5)).param_groups[0]["lr"]
+        ...         for group in self.param_groups:
+        ...             torch._foreach_mul_(group["params"], 0.5)
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> optimizer = Halved(torch.optim.SGD(model.named_parameters(), lr=0.1))
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> optimizer.step()
+        >>> model.weight.item()
         0.5
     """
 
     own_state: ClassVar[frozenset[str]] = frozenset()
-    """Keys of ``state[parameter]`` that the subclass owns."""
+    """Keys of the per-parameter state that the subclass owns; no two kinds of wrapper share one."""
 
     inner: Optimizer
+    own: dict[Tensor, dict[str, Tensor]]
 
     def __init__(self, inner_optimizer: Optimizer) -> None:
         # Optimizer.__init__ would build groups of its own; __setstate__ makes only the hooks.
         _require_optimizer(inner_optimizer)
-        super().__setstate__({"inner": inner_optimizer})
+        super().__setstate__({"inner": inner_optimizer, "own": {}})
         self.named_groups()
 
     # -- one optimizer to everyone else ----------------------------------------------------------------------
@@ -153,7 +160,7 @@ class OptimizerWrapper(Optimizer):
 
     @property
     def state(self) -> Any:
-        """The inner optimizer's state, with this wrapper's own entries in it."""
+        """The inner optimizer's state; this wrapper's own is in ``own``."""
         return self.inner.state
 
     @state.setter
@@ -258,10 +265,15 @@ class OptimizerWrapper(Optimizer):
     # -- saving and loading ----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state dict, in which this wrapper's state and counters lie too."""
+        """The inner optimizer's state dict, with this wrapper's state and counters in it."""
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         saved: dict[str, Any] = self.inner.state_dict()
+        entries = dict(saved["state"])
+        for p, index in self._indices(saved):
+            if p in self.own:
+                entries[index] = {**entries.get(index, {}), **self.own[p]}
+        saved["state"] = entries
         for after in self._optimizer_state_dict_post_hooks.values():
             saved = after(self, saved) or saved
         return saved
@@ -280,22 +292,25 @@ class OptimizerWrapper(Optimizer):
             state_dict = before(self, state_dict) or state_dict
         names = [group["param_names"] for group in self.param_groups]
         require_same_names(self.param_groups, state_dict["param_groups"])
-        self.inner.load_state_dict(state_dict)
-        for group, own in zip(self.param_groups, names, strict=True):
-            group["param_names"] = own  # torch took the saved ones, which may carry a wrapper's segments
-        self._restore_dtypes(state_dict)
+        entries = dict(state_dict["state"])
+        own: dict[Tensor, dict[str, Tensor]] = {}
+        for p, index in self._indices(state_dict):
+            entry = entries.pop(index, {})
+            if mine := {key: entry[key].to(p.device) for key in self.own_state & entry.keys()}:
+                own[p] = mine
+            if rest := {key: value for key, value in entry.items() if key not in self.own_state}:
+                entries[index] = rest
+        self.inner.load_state_dict({**state_dict, "state": entries})
+        self.own = own
+        for group, ours in zip(self.param_groups, names, strict=True):
+            group["param_names"] = ours  # torch took the saved ones, which may carry a wrapper's segments
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
-    def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
-        # From the saved tensors: torch's cast of them to the parameter's dtype loses bits.
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for p, index in zip(parameters, indices, strict=True):
-            saved = state_dict["state"].get(index, {})
-            for key in self.own_state & saved.keys():
-                value = saved[key]
-                self.state[p][key] = value.to(p.device) if isinstance(value, Tensor) else value
+    def _indices(self, state_dict: dict[str, Any]) -> Iterator[tuple[Tensor, Any]]:
+        """Each parameter with its key in a state dict."""
+        for group, packed in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            yield from zip(group["params"], packed["params"], strict=True)
 
 
 def require_same_names(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:

@@ -58,7 +58,9 @@ class RunArguments:
     )
     early_stopping_threshold: float = _argument("How much counts as an improvement.", 0.0)
     eval_dataset_name: str | None = _argument("Data set for evaluation, when it is not a split of --dataset_name.")
-    reward_function: list[str] | None = _argument("Reward functions of grpo as path.py:function.")
+    reward_function: list[str] | None = _argument(  # noqa: RUF009
+        "Reward functions of grpo as path.py:function."
+    )
 
 
 def check(arguments: RunArguments, *, trainer: str, uses_peft: bool, model: str | None) -> None:
@@ -87,6 +89,8 @@ def check(arguments: RunArguments, *, trainer: str, uses_peft: bool, model: str 
         raise ArgumentError("child_density", arguments.child_density, "it needs --child_tuning f or d")
     if arguments.child_tuning is not None and arguments.child_density is None:
         raise ArgumentError("child_tuning", arguments.child_tuning, "give --child_density, for example 0.3")
+    if arguments.child_tuning == "d" and trainer == "grpo":
+        raise ArgumentError("child_tuning", "d", "its Fisher information needs answers, grpo has prompts; take f")
     if arguments.reward_function and trainer != "grpo":
         raise ArgumentError("reward_function", arguments.reward_function, "only grpo takes rewards")
     for name in ("l2_to_reference", "l1_to_reference"):
@@ -139,5 +143,3 @@ def _check_merging(arguments: RunArguments, uses_peft: bool) -> None:
         raise ArgumentError(
             "base_model", None, f"--optimizer {optimizer} needs the model that SFT started from (or --weight 0)"
         )
-    if arguments.child_tuning is not None:
-        raise ArgumentError("child_tuning", arguments.child_tuning, f"cannot be combined with --optimizer {optimizer}")

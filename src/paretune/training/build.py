@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import logging
 import os
 import sys
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from paretune.errors import ArgumentError, CheckpointError, DataError, MissingExtraError, PareTuneError
 from paretune.training.data import check_columns, load_splits, take_split
 from paretune.training.request import Request
+from paretune.training.trl_classes import trainer_class, trl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
@@ -63,9 +63,7 @@ def load_data(request: Request) -> Data:
         # A file of its own has one split, which datasets calls train.
         split = next(iter(others)) if len(others) == 1 else script.dataset_test_split
         data.evaluation_name = own.eval_dataset_name
-        data.evaluation = take_split(
-            others, split, name=own.eval_dataset_name, argument="dataset_test_split"
-        )
+        data.evaluation = take_split(others, split, name=own.eval_dataset_name, argument="dataset_test_split")
     else:
         if script.dataset_test_split not in splits:
             raise ArgumentError(
@@ -91,7 +89,8 @@ def check_model(request: Request) -> dict[str, Any]:
     Raises:
         CheckpointError: a directory without a readable configuration or tokenizer, or a hub id that cannot be had.
     """
-    for argument, path in (("model_name_or_path", request.model_path), ("reference_model", request.own.reference_model)):
+    paths = {"model_name_or_path": request.model_path, "reference_model": request.own.reference_model}
+    for argument, path in paths.items():
         if path is not None and _is_local(path) and not os.path.isdir(path):
             raise CheckpointError(f"{argument}={path!r}: no such directory; give a model directory or a hub id")
     return load_config(request).to_dict()
@@ -128,7 +127,7 @@ def make_trainer(request: Request, data: Data, callbacks: list[Any]) -> Trainer:
     Raises:
         PareTuneError: TRL refuses the arguments, models or data.
     """
-    kind = _trainer_class(request.trainer)
+    kind = trainer_class(request.trainer)
     options: dict[str, Any] = {
         "args": request.training,
         "train_dataset": data.train,
@@ -177,8 +176,9 @@ def load_rewards(request: Request) -> list[Any]:
     rewards += [_reward_from_file(text) for text in request.own.reward_function or []]
     if not rewards:
         raise ArgumentError(
-            "reward_funcs", None, "grpo needs a reward: --reward_funcs, --reward_model_name_or_path or "
-            "--reward_function path.py:function"
+            "reward_funcs",
+            None,
+            "grpo needs a reward: --reward_funcs, --reward_model_name_or_path or --reward_function path.py:function",
         )
     return rewards
 
@@ -190,30 +190,10 @@ def first_sentence(error: BaseException, limit: int = 240) -> str:
 
 
 def _load_mixture(request: Request) -> dict[str, Any]:
-    from trl import get_dataset
-
     try:
-        return dict(get_dataset(request.mixture))
+        return dict(trl().get_dataset(request.mixture))
     except Exception as error:
         raise DataError(f"datasets: cannot be read: {first_sentence(error)}") from error
-
-
-def _trainer_class(trainer: str) -> Any:
-    import warnings
-
-    import trl
-
-    if trainer != "kto":
-        return {"dpo": trl.DPOTrainer, "sft": trl.SFTTrainer, "grpo": trl.GRPOTrainer}[trainer]
-    if not inspect.isclass(getattr(trl, "KTOTrainer", None)) or "experimental" in _source_of(trl.KTOTrainer):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return importlib.import_module("trl.experimental.kto").KTOTrainer
-    return trl.KTOTrainer
-
-
-def _source_of(kind: type) -> str:
-    return " ".join(base.__module__ for base in kind.__mro__)
 
 
 def _model_options(request: Request) -> dict[str, Any]:
@@ -226,9 +206,7 @@ def _model_options(request: Request) -> dict[str, Any]:
     }
     options.update(request.training.model_init_kwargs or {})  # type: ignore[attr-defined]
     if model.load_in_8bit or model.load_in_4bit:
-        from trl import get_quantization_config
-
-        options["quantization_config"] = get_quantization_config(model)
+        options["quantization_config"] = trl().get_quantization_config(model)
     return options
 
 
@@ -237,9 +215,7 @@ def _peft_config(request: Request) -> Any:
         return None
     if importlib.util.find_spec("peft") is None:
         raise MissingExtraError("peft", "peft")
-    from trl import get_peft_config
-
-    return get_peft_config(request.model)
+    return trl().get_peft_config(request.model)
 
 
 def _load_tokenizer(request: Request) -> Any:
@@ -252,7 +228,9 @@ def _load_tokenizer(request: Request) -> Any:
             trust_remote_code=request.trust_remote_code,
         )
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"model_name_or_path={request.model_path!r}: no tokenizer: {first_sentence(error)}") from error
+        raise CheckpointError(
+            f"model_name_or_path={request.model_path!r}: no tokenizer: {first_sentence(error)}"
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -282,12 +260,11 @@ def _check_prepared(request: Request, trainer: Trainer, data: Data) -> None:
 
 
 def _named_reward(name: str) -> Callable[..., Any]:
-    import trl.rewards
-
     if "." not in name:
-        function = getattr(trl.rewards, name, None)
+        rewards = importlib.import_module("trl.rewards")
+        function = getattr(rewards, name, None)
         if not callable(function):
-            known = ", ".join(found for found in sorted(trl.rewards.__all__) if "reward" in found or "punish" in found)
+            known = ", ".join(found for found in sorted(dir(rewards)) if "reward" in found or "punish" in found)
             raise ArgumentError("reward_funcs", name, f"TRL has {known}; or give an import path such as pkg.module.fn")
         # A factory in TRL's own script as well, with these values.
         is_factory = name == "get_soft_overlong_punishment"

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from paretune.errors import StateError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
 AVERAGE_DIRECTORY = "average"
@@ -29,17 +29,21 @@ _logger = logging.getLogger("paretune.training")
 class Average(Protocol):
     """A running average of named parameters, such as ``paretune.EMA``."""
 
+    @property
+    def swapped(self) -> bool:
+        """Whether the parameters hold the average now."""
+
     def update(self) -> None:
         """Take the parameters' present values in."""
 
     def swap(self) -> None:
-        """Exchange average and parameters in place; a second call undoes the first."""
+        """Put the average into the parameters; a second call puts the policy back."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that ``load_state_dict`` needs."""
+    def save(self, path: str | Path) -> None:
+        """Write the exact average to one file."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where ``state_dict`` was taken."""
+    def load(self, path: str | Path) -> None:
+        """Take over what ``save`` wrote."""
 
 
 class EMACallback(TrainerCallback):
@@ -71,59 +75,43 @@ class EMACallback(TrainerCallback):
         self._make_average = make_average
         self._evaluate = evaluate
         self._resume_from = Path(resume_from) if resume_from else None
-        self._swapped = False
         self.average: Average | None = None
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        model: nn.Module = kwargs["model"]
         named = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
         self.average = self._make_average(named)
-        self._swapped = False
         if state.global_step > 0:
             self._restore(self._find_checkpoint(args, state))
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._show_policy()  # an evaluation that failed half-way leaves the average in place
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._required().update()
         self._show_average_for(control)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._show_average_for(control)
 
     def on_evaluate(self, *_: Any, **__: Any) -> None:
         self._show_policy()
 
-    def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: nn.Module,
-        processing_class: Any = None,
-        **_: Any,
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        checkpoint = _checkpoint_of(args, state)
         if not checkpoint.is_dir():
             return
         unfinished = checkpoint / f"{AVERAGE_DIRECTORY}.tmp"
         shutil.rmtree(unfinished, ignore_errors=True)
-        self._save(unfinished, model, processing_class)
+        self._save(unfinished, kwargs["model"], kwargs.get("processing_class"))
         shutil.rmtree(checkpoint / AVERAGE_DIRECTORY, ignore_errors=True)
         unfinished.rename(checkpoint / AVERAGE_DIRECTORY)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._show_policy()
         if args.load_best_model_at_end and state.best_model_checkpoint:
             self._restore(Path(state.best_model_checkpoint))
@@ -135,18 +123,15 @@ class EMACallback(TrainerCallback):
         return self.average
 
     def _show_average_for(self, control: TrainerControl) -> None:
-        if self._evaluate and control.should_evaluate and not self._swapped:
-            self._required().swap()
-            self._swapped = True
+        average = self._required()
+        if self._evaluate and control.should_evaluate and not average.swapped:
+            average.swap()
 
     def _show_policy(self) -> None:
-        if self._swapped:
-            self._required().swap()
-            self._swapped = False
+        if self.average is not None and self.average.swapped:
+            self.average.swap()
 
     def _save(self, directory: Path, model: nn.Module, processing_class: Any) -> None:
-        from safetensors.torch import save_file
-
         average = self._required()
         average.swap()
         try:
@@ -156,24 +141,20 @@ class EMACallback(TrainerCallback):
         if processing_class is not None:
             processing_class.save_pretrained(directory)
         # The model's files are in the model's dtype and under its file names; what resumes the average is exact.
-        tensors: dict[str, Tensor] = {name: value.contiguous() for name, value in average.state_dict().items()}
-        save_file(tensors, directory / _EXACT_NAME)
+        average.save(directory / _EXACT_NAME)
 
     def _restore(self, checkpoint: Path) -> None:
-        from safetensors.torch import load_file
-
         file = checkpoint / AVERAGE_DIRECTORY / _EXACT_NAME
         if not file.is_file():
             raise StateError(
                 f"resume_from_checkpoint={str(checkpoint)!r}: it holds no average; "
                 "resume without ema_decay or from a checkpoint that was written with it"
             )
-        self._required().load_state_dict(load_file(file))
+        self._required().load(file)
 
     def _find_checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
-        here = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         given = self._resume_from or args.resume_from_checkpoint
-        return Path(given) if given and Path(given).is_dir() else here
+        return Path(given) if given and Path(given).is_dir() else _checkpoint_of(args, state)
 
 
 class Trajectory(TrainerCallback):
@@ -198,9 +179,7 @@ class Trajectory(TrainerCallback):
         """Wall-clock seconds of training so far, earlier sessions included."""
         return self._seconds_before + time.monotonic() - self._began
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._began = time.monotonic()
         file = self._resume_from / _TRAJECTORY_NAME if self._resume_from else None
         if file is not None and file.is_file():
@@ -225,12 +204,14 @@ class Trajectory(TrainerCallback):
             self._warned = True
             _logger.warning(f"step {state.global_step}: the gradient is not finite; lower the learning rate")
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        checkpoint = _checkpoint_of(args, state)
         if state.is_world_process_zero and checkpoint.is_dir():
             (checkpoint / _TRAJECTORY_NAME).write_text(json.dumps(self.records))
+
+
+def _checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
 
 
 def _plain(value: Any) -> Any:

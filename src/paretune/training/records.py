@@ -128,7 +128,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         f"# {Path(record['output_dir']).name}",
         "",
         f"{record['model']['path']} trained with {record['trainer'].upper()} and {record['optimizer']['name']} by "
-        f"[paretune](https://pypi.org/project/paretune/) {record['versions'].get('paretune', '')}.",
+        f"paretune {record['versions'].get('paretune', '')}.",
         "",
         "| | |",
         "|---|---|",

@@ -79,6 +79,7 @@ class Method:
         before_training: called with the finished trainer, before it trains.
         state_bytes: bytes a trained parameter holds in optimizer state and averages, by part.
         statement: what the task vector will amount to, as far as it is known before training.
+        notes: what could not be checked while planning.
     """
 
     name: str
@@ -88,3 +89,4 @@ class Method:
     before_training: Callable[[Trainer], None] | None = None
     state_bytes: dict[str, float] = field(default_factory=dict)
     statement: Callable[[int | None], str | None] | None = None
+    notes: list[str] = field(default_factory=list)

@@ -29,8 +29,8 @@ def find_checkpoint(value: str | bool | None, output_dir: str | Path) -> Path | 
     """What ``--resume_from_checkpoint`` means.
 
     Args:
-        value: None or ``false`` starts afresh, ``true`` takes the newest complete checkpoint of ``output_dir``, anything
-            else is a checkpoint's directory.
+        value: None or ``false`` starts afresh, ``true`` takes the newest complete checkpoint of ``output_dir``,
+            anything else is a checkpoint's directory.
         output_dir: of the run.
 
     Raises:

@@ -81,7 +81,7 @@ def named_groups(trainer: Trainer, model: nn.Module | None = None) -> list[dict[
     Returns:
         One group with weight decay and one without; empty groups are left out.
     """
-    module = trainer.model if model is None else model
+    module: Any = trainer.model if model is None else model
     decayed = set(trainer.get_decay_parameter_names(module))
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     arguments = trainer.args

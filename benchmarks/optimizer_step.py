@@ -1,0 +1,118 @@
+"""CPU time of one optimizer step, as a ratio to torch's fused AdamW, all in one run.
+
+    python benchmarks/optimizer_step.py [--millions 20] [--rounds 15]
+
+One thread, process CPU time, interleaved, medians. The model has Llama's shapes with random weights; four sets of
+gradients take turns after a warm-up, because with a constant gradient all of Adam's updates tie in magnitude. τ is
+read from two checkpoints on disk (warm page cache). Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from naive_released import NaiveOnDARE, NaiveOnTIES
+from safetensors.torch import save_file
+from torch import Tensor
+
+import paretune as pt
+
+WARM_UP = 8
+
+
+def shapes(millions: float) -> dict[str, tuple[int, ...]]:
+    """Llama's tensors at hidden 512: about 3.1M parameters a layer and a 1M embedding."""
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (2048, 512)}
+    for layer in range(max(1, round((millions - 1.05) / 3.16))):
+        for name, shape in {
+            "self_attn.q_proj": (512, 512), "self_attn.k_proj": (512, 512), "self_attn.v_proj": (512, 512),
+            "self_attn.o_proj": (512, 512), "mlp.gate_proj": (1376, 512), "mlp.up_proj": (1376, 512),
+            "mlp.down_proj": (512, 1376), "input_layernorm": (512,), "post_attention_layernorm": (512,),
+        }.items():  # fmt: skip
+            found[f"model.layers.{layer}.{name}.weight"] = shape
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--millions", type=float, default=20)
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    logging.getLogger("paretune").setLevel(logging.WARNING)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+    reference = {name: torch.randn(shape) * 0.02 for name, shape in shapes(options.millions).items()}
+    folder = Path(tempfile.mkdtemp())
+    for label, noise in (("reference", 0.0), ("base", 1e-3)):
+        (folder / label).mkdir()
+        tensors = {name: value + noise * torch.randn_like(value) for name, value in reference.items()}
+        save_file(tensors, folder / label / "model.safetensors")
+    tau = pt.TaskVector.between(base=folder / "base", reference=folder / "reference")
+    dense = {name: tau.dense(name).view(value.shape) for name, value in reference.items()}
+    gradients = [{name: torch.randn_like(value) * 1e-3 for name, value in reference.items()} for _ in range(4)]
+
+    def build(
+        make: Callable[[dict[str, Tensor]], torch.optim.Optimizer],
+    ) -> tuple[dict[str, Tensor], torch.optim.Optimizer]:
+        parameters = {name: torch.nn.Parameter(value.clone()) for name, value in reference.items()}
+        return parameters, make(parameters)
+
+    adamw = torch.optim.AdamW
+    runs = {
+        "torch AdamW, fused": build(lambda p: adamw(p.values(), lr=1e-6, weight_decay=0.0, fused=True)),
+        "torch AdamW, foreach": build(lambda p: adamw(p.values(), lr=1e-6, weight_decay=0.0, foreach=True)),
+        "OnDARE, density 5e-4": build(lambda p: pt.OnDARE(p.items(), tau, density=5e-4)),
+        "OnDARE, density 1e-2": build(lambda p: pt.OnDARE(p.items(), tau, density=1e-2)),
+        "OnDARE, density 5e-4, weight decay": build(
+            lambda p: pt.OnDARE(p.items(), tau, density=5e-4, weight_decay=0.01)
+        ),
+        "OnTIES, density 1e-2": build(lambda p: pt.OnTIES(p.items(), tau, density=1e-2)),
+        "OnTIES, density 5e-2": build(lambda p: pt.OnTIES(p.items(), tau, density=5e-2)),
+        "OnlineMerging(fused AdamW), Random 5e-4": build(
+            lambda p: pt.OnlineMerging(adamw(p.items(), lr=1e-6, weight_decay=0.0, fused=True), tau)
+        ),
+        "released OnDARE (naive), density 5e-4": build(
+            lambda p: NaiveOnDARE(p.items(), dense, lr=1e-6, density=5e-4, weight=5e-7)
+        ),
+        "released OnTIES (naive), density 1e-2": build(
+            lambda p: NaiveOnTIES(p.items(), dense, lr=1e-6, density=1e-2, weight=5e-7)
+        ),
+    }
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for step in range(WARM_UP + options.rounds):
+        for name, (parameters, optimizer) in runs.items():
+            if "naive" in name and step >= WARM_UP + 3:  # seconds a step: three are enough
+                continue
+            for key, value in parameters.items():
+                value.grad = gradients[step % len(gradients)][key]
+            begin = time.process_time()
+            optimizer.step()
+            if step >= WARM_UP:
+                times[name].append(time.process_time() - begin)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    count = sum(value.numel() for value in reference.values())
+    print(
+        f"{count / 1e6:.1f}M float32 parameters, torch {torch.__version__}, {platform.processor() or platform.machine()}, one thread"
+    )
+    print("\n| optimizer | CPU ms a step | ÷ fused AdamW |\n|---|---|---|")
+    for name, median in medians.items():
+        print(f"| {name} | {median * 1e3:.0f} | {median / medians['torch AdamW, fused']:.2f} |")
+    dare = medians["released OnDARE (naive), density 5e-4"] / medians["OnDARE, density 5e-4"]
+    ties = medians["released OnTIES (naive), density 1e-2"] / medians["OnTIES, density 1e-2"]
+    print(f"\nreleased arithmetic ÷ ours: OnDARE {dare:.0f}, OnTIES {ties:.0f}")
+    for name in ("OnDARE, density 5e-4", "OnTIES, density 1e-2", "OnTIES, density 5e-2"):
+        optimizer = runs[name][1]
+        print(f"resident τ of {name}: {optimizer._tau.resident_bytes / count:.3f} bytes a parameter")  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""From parsed arguments to a `Method`: the one place that knows both the optimizers and the trainers."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paretune.errors import ArgumentError, CheckpointError, PareTuneError
+from paretune.task_vector import TaskVector
+from paretune.training.arguments import OURS, given_options
+from paretune.training.plan import empty_model, is_at_hand
+from paretune.training.request import Method, Request
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from transformers import Trainer
+
+    from paretune.training.trainer import OptimizerFactory
+
+_MERGING = {name: name for name in ("density", "weight", "pull", "every", "variant", "rescale", "clip")}
+
+
+def build_method(request: Request, *, planning: bool = False) -> Method:
+    """How the requested run optimizes.
+
+    Args:
+        request: checked by :func:`paretune.training.arguments.check`.
+        planning: do not download models from the hub; what is not on this disk becomes a note.
+
+    Raises:
+        ArgumentError: arguments that do not go together.
+        CheckpointError: a model that cannot be read.
+        MismatchError: base and reference are not a pair.
+    """
+    own = request.own
+    wraps = own.child_tuning is not None or own.l2_to_reference or own.l1_to_reference
+    if own.optimizer is None and not wraps:
+        method = Method(name=_value(request.training.optim))
+        method.state_bytes["moments"] = 2.0 * _itemsize(request)
+    elif own.optimizer in OURS:
+        method = _online(request, planning)
+    else:
+        method = _adamw(request)
+    if own.child_tuning is not None:
+        _add_child_tuning(method, request)
+    if own.l2_to_reference or own.l1_to_reference:
+        _add_anchor(method, request)
+    if own.ema_decay is not None:
+        _add_average(method, own.ema_decay)
+    if request.model.use_peft:
+        method.name += " + lora"
+    return method
+
+
+def _adamw(request: Request) -> Method:
+    chosen = _value(request.training.optim)
+    if request.own.optimizer is None and "optim" in request.given and not chosen.startswith("adamw_torch"):
+        raise ArgumentError("optim", chosen, "child tuning and pulls to the reference work with --optimizer only")
+    fused = chosen == "adamw_torch_fused" or None  # None lets torch choose, as transformers does for adamw_torch
+
+    def factory(groups: list[dict[str, Any]]) -> Optimizer:
+        return torch.optim.AdamW(groups, fused=fused)
+
+    return Method(name="adamw", factory=factory, state_bytes={"moments": 2.0 * _itemsize(request)})
+
+
+def _online(request: Request, planning: bool) -> Method:
+    from paretune.optim import OnDARE, OnTIES
+
+    own = request.own
+    kind = OnDARE if own.optimizer == "ondare" else OnTIES
+    options = given_options(own, _MERGING) | {"seed": request.training.seed}
+    elsewhere = [path for path in (own.base_model, request.reference_path) if path and not os.path.exists(path)]
+    unknown = planning and any(not is_at_hand(path) for path in elsewhere)
+    tau = _task_vector(request) if own.base_model and not unknown else None
+
+    def factory(groups: list[dict[str, Any]], total_steps: int) -> Optimizer:
+        return kind(groups, tau, total_steps=total_steps, **options)
+
+    def statement(steps: int | None) -> str | None:
+        return _statement_before(request, lambda named: kind(named, tau, total_steps=steps, **options), options, steps)
+
+    method = Method(name=str(own.optimizer), factory=factory, tau=tau)
+    if unknown:
+        method.notes.append(
+            f"{' and '.join(elsewhere)} not on this disk: the task vector is checked when training starts"
+        )
+    else:
+        method.statement = statement
+    method.state_bytes["moments"] = 8.0
+    if _itemsize(request) == 2:
+        method.state_bytes["master"] = 2.0
+    if (own.every or 1) > 1:
+        method.state_bytes["pending"] = 4.0
+    # OnTIES keeps F(tau): an int32 index and a bf16 value an entry; OnDARE reads it from the mapped files.
+    density = own.density if own.density is not None else 0.05
+    method.state_bytes["tau"] = 6.0 * density if own.optimizer == "onties" and own.base_model else 0.0
+    return method
+
+
+def _task_vector(request: Request) -> TaskVector:
+    tau = TaskVector.between(
+        base=str(request.own.base_model), reference=request.reference_path, base_vocab=request.own.base_vocab
+    )
+    tau.match(_shapes(request))
+    return tau
+
+
+def _shapes(request: Request) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters that will be trained, without loading them."""
+    return {name: tuple(p.shape) for name, p in empty_model(request).named_parameters() if p.requires_grad}
+
+
+def _statement_before(request: Request, make: Any, options: dict[str, Any], steps: int | None) -> str | None:
+    """The optimizer's statement, made on memory-mapped parameters: nothing is loaded."""
+    from paretune.checkpoint import Checkpoint
+
+    if steps is None and "pull" in options:
+        return None
+    try:
+        stored = Checkpoint(request.model_path)
+        trained = _shapes(request)
+        named = [
+            (name, torch.nn.Parameter(stored.flat(name).view(stored[name].shape))) for name in stored if name in trained
+        ]
+    except CheckpointError:
+        return None
+    groups = [{"params": named, "lr": request.training.learning_rate}]
+    with _quiet("paretune.optim"):
+        return str(make(groups).statement)
+
+
+def _add_child_tuning(method: Method, request: Request) -> None:
+    from paretune.optim.child_tuning import ChildTuning
+    from paretune.optim.fisher import fisher_information
+    from paretune.training.probe import task_batches, task_loss
+
+    own, seed = request.own, request.training.seed
+    held: list[Trainer] = []
+
+    def fisher() -> Any:
+        trainer: Any = held[0]
+        return fisher_information(trainer.model, task_batches(trainer, own.child_batches, seed), task_loss(trainer))
+
+    def wrap(inner: Optimizer) -> Optimizer:
+        density = float(own.child_density or 1.0)
+        if own.child_tuning == "d":
+            return ChildTuning(inner, mode="D", density=density, fisher=fisher)
+        return ChildTuning(inner, mode="F", density=density, seed=seed)
+
+    method.name += f" + child_tuning {own.child_tuning}"
+    method.before_training = held.append
+    _wrap(method, wrap)
+    method.state_bytes["child"] = 1.0 if own.child_tuning == "d" else 0.0
+
+
+def _add_anchor(method: Method, request: Request) -> None:
+    from paretune.optim.anchor import Anchor
+
+    own = request.own
+
+    def wrap(inner: Optimizer) -> Optimizer:
+        return Anchor(inner, request.reference_path, l2=own.l2_to_reference or 0.0, l1=own.l1_to_reference or 0.0)
+
+    method.name += " + pull to the reference"
+    _wrap(method, wrap)
+    if _itemsize(request) == 2:
+        method.state_bytes["anchor"] = 4.0
+
+
+def _add_average(method: Method, decay: float) -> None:
+    from paretune.optim.ema import EMA
+
+    method.average = lambda named: EMA(named, decay=decay)
+    method.name += " + ema"
+    method.state_bytes["average"] = 4.0
+
+
+def _wrap(method: Method, wrap: Any) -> None:
+    inner = method.factory
+    if inner is None:
+        raise PareTuneError("nothing to wrap: choose --optimizer")
+    if method.name.startswith(OURS):
+        # The signature tells `attach` whether the factory wants the number of steps.
+        def with_steps(groups: list[dict[str, Any]], total_steps: int) -> Optimizer:
+            return wrap(inner(groups, total_steps=total_steps))
+
+        method.factory = with_steps
+        return
+    method.factory = _composed(inner, wrap)
+
+
+def _composed(inner: OptimizerFactory, wrap: Any) -> OptimizerFactory:
+    def factory(groups: list[dict[str, Any]]) -> Optimizer:
+        return wrap(inner(groups))
+
+    return factory
+
+
+def _itemsize(request: Request) -> int:
+    """Bytes of a parameter as it will be loaded; ``auto`` is the checkpoint's dtype, mostly a 16-bit one."""
+    return 4 if request.model.dtype in ("float32", None) else 2
+
+
+def _value(option: Any) -> str:
+    return str(getattr(option, "value", option))
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

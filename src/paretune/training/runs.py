@@ -1,0 +1,198 @@
+"""One training run, from a checked request to a directory with the model and everything needed to repeat it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paretune.errors import ArgumentError
+from paretune.training import records
+from paretune.training.build import Data, check_model, load_data, make_trainer
+from paretune.training.data import fingerprint
+from paretune.training.request import Method, Request
+from paretune.training.resume import find_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+_logger = logging.getLogger("paretune.training")
+
+
+@dataclass
+class Run:
+    """A finished run.
+
+    Args:
+        record: what ``training.json`` holds.
+        trainer: the trainer, with the final model.
+    """
+
+    record: dict[str, Any]
+    trainer: Trainer
+
+
+def run(request: Request, method: Method) -> Run:
+    """Train, save, record.
+
+    Args:
+        request: checked by :func:`paretune.training.arguments.check`.
+        method: how to optimize.
+
+    Returns:
+        The record and the trainer. ``output_dir`` then holds the model (the average, where one was kept), its
+        tokenizer, ``README.md`` and ``training.json``.
+
+    Raises:
+        PareTuneError: anything that is wrong with the request, before training starts.
+    """
+    from transformers import EarlyStoppingCallback
+
+    from paretune.training.callbacks import EMACallback, Trajectory
+    from paretune.training.trainer import attach, total_steps
+
+    own, arguments = request.own, request.training
+    output = Path(str(arguments.output_dir))
+    checkpoint = find_checkpoint(arguments.resume_from_checkpoint, output)
+    _check_early_stopping(request)
+    check_model(request)
+    data = load_data(request)
+    trajectory = Trajectory(resume_from=checkpoint)
+    callbacks: list[Any] = [trajectory]
+    if method.average is not None:
+        callbacks.append(EMACallback(method.average, evaluate=own.ema_evaluate, resume_from=checkpoint))
+    if own.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(own.early_stopping_patience, own.early_stopping_threshold))
+        if checkpoint is not None and "restore_callback_states_from_checkpoint" not in request.given:
+            arguments.restore_callback_states_from_checkpoint = True  # its patience is part of the run's state
+    record = _begin_record(request, method, data, output)
+    trainer = make_trainer(request, data, callbacks)
+    if method.factory is not None:
+        attach(trainer, method.factory)
+    if method.before_training is not None:
+        method.before_training(trainer)
+    if checkpoint is not None:
+        _check_generation_boundary(request, checkpoint)
+        record["resumed_from"] = str(checkpoint)
+    record["steps"] = total_steps(trainer)
+    _write(record, trainer, output)
+    outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    metrics = dict(outcome.metrics)
+    if data.evaluation is not None:
+        metrics.update(trainer.evaluate())
+    trainer.save_model(str(output))
+    record.update(
+        status="finished",
+        steps=trainer.state.global_step,
+        metrics=metrics,
+        seconds=round(trajectory.seconds, 3),
+        history=trajectory.records,
+        last_log=next((entry for entry in reversed(trajectory.records) if "loss" in entry), {}),
+        best_checkpoint=trainer.state.best_model_checkpoint,
+    )
+    record["optimizer"]["statement"] = _statement_of(trainer.optimizer)
+    _write(record, trainer, output)
+    if trainer.is_world_process_zero():
+        records.write_text(output / "README.md", records.model_card(records.jsonable(record)))
+    if arguments.push_to_hub:
+        trainer.push_to_hub(dataset_name=request.script.dataset_name)
+    return Run(records.jsonable(record), trainer)
+
+
+def _begin_record(request: Request, method: Method, data: Data, output: Path) -> dict[str, Any]:
+    tau = None
+    if method.tau is not None:
+        tau = {
+            "fingerprint": method.tau.fingerprint,
+            "base": request.own.base_model,
+            "reference": request.reference_path,
+        }
+    evaluation = None
+    if data.evaluation is not None:
+        evaluation = {"name": data.evaluation_name, **fingerprint(data.evaluation)}
+    return {
+        "schema": 1,
+        "status": "running",
+        "trainer": request.trainer,
+        "command": records.without_secrets(request.command),
+        "output_dir": str(output),
+        "given": {name: value for name, value in request.given.items() if "token" not in name},
+        "arguments": {
+            "paretune": records.as_plain(request.own),
+            "training": records.as_plain(request.training),
+            "model": records.as_plain(request.model),
+            "script": records.as_plain(request.script),
+        },
+        "model": {"path": request.model_path, "revision": request.model.model_revision, **_weights(request.model_path)},
+        "tau": tau,
+        "data": {"train": {"name": data.train_name, **fingerprint(data.train)}, "evaluation": evaluation},
+        "optimizer": {"name": method.name, "statement": None},
+        "seed": request.training.seed,
+        "versions": records.versions(),
+        "hardware": records.hardware(),
+        "resumed_from": None,
+        "steps": None,
+        "metrics": {},
+        "last_log": {},
+        "history": [],
+    }
+
+
+def _weights(path: str) -> dict[str, Any]:
+    """The fingerprint of the starting point, where its files can be read."""
+    from paretune.checkpoint import Checkpoint
+    from paretune.errors import CheckpointError
+    from paretune.training.digest import checkpoint_fingerprint
+
+    try:
+        return {"fingerprint": checkpoint_fingerprint(Checkpoint(path))}
+    except CheckpointError:
+        return {"fingerprint": None}
+
+
+def _write(record: dict[str, Any], trainer: Trainer, output: Path) -> None:
+    if trainer.is_world_process_zero():
+        records.write_json(output / records.TRAINING_RECORD, record)
+
+
+def _statement_of(optimizer: Any) -> str | None:
+    """The statement of the innermost optimizer that makes one, through accelerate's and our wrappers."""
+    seen: set[int] = set()
+    while optimizer is not None and id(optimizer) not in seen:
+        seen.add(id(optimizer))
+        statement = getattr(optimizer, "statement", None)
+        if isinstance(statement, str):
+            return statement
+        optimizer = getattr(optimizer, "optimizer", None) or getattr(optimizer, "inner", None)
+    return None
+
+
+def _check_early_stopping(request: Request) -> None:
+    """What transformers' callback asserts only after everything is loaded."""
+    patience, arguments = request.own.early_stopping_patience, request.training
+    if patience is None:
+        return
+    if str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)) == "no":
+        raise ArgumentError("early_stopping_patience", patience, "it needs --eval_strategy steps or epoch")
+    if arguments.metric_for_best_model is None:
+        raise ArgumentError(
+            "early_stopping_patience", patience, "it needs --metric_for_best_model, for example eval_loss"
+        )
+
+
+def _check_generation_boundary(request: Request, checkpoint: Path) -> None:
+    """Say so when a grpo checkpoint lies between two generations: its buffered completions are gone."""
+    if request.trainer != "grpo":
+        return
+    arguments: Any = request.training
+    step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    batches = step * arguments.gradient_accumulation_steps
+    period = (arguments.steps_per_generation or arguments.gradient_accumulation_steps) * arguments.num_iterations
+    if batches % period:
+        every = period // arguments.gradient_accumulation_steps
+        _logger.warning(
+            f"{checkpoint}: completions are generated every {every} steps and this checkpoint lies between two; the "
+            "resumed run differs from an uninterrupted one (save at multiples of that)"
+        )
