@@ -231,8 +231,8 @@ def test_added_rows_have_no_task_vector(as_paths: bool, tmp_path: Path) -> None:
     assert torch.equal(tau.dense("model.norm.weight"), torch.full((4,), 2.0))
 
 
-def test_padding_is_for_vocabularies_only() -> None:
-    base, reference = vocabulary(10), vocabulary(10)
+def test_padding_is_for_one_vocabulary_only() -> None:
+    base, reference = vocabulary(10), vocabulary(12)
     reference["model.norm.weight"] = torch.zeros(6)
     with pytest.raises(MismatchError, match="norm"):
         pt.TaskVector.between(base=base, reference=reference, base_vocab="pad")

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 WORDS = ["the", "a", "cat", "dog", "bird", "sees", "likes", "finds", "big", "small", "red", "blue", "green"]
@@ -97,3 +98,30 @@ def rows(kind: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
 def write_rows(path: Path, kind: str, count: int = 16, seed: int = 0) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows(kind, count, seed)))
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with ``base``, ``reference`` and ``dpo.jsonl``, ``kto.jsonl``, ``sft.jsonl``, ``grpo.jsonl``."""
+    directory = tmp_path_factory.mktemp("world")
+    save_pair(directory)
+    for kind in ("dpo", "kto", "sft", "grpo"):
+        write_rows(directory / f"{kind}.jsonl", kind)
+    (directory / "reward.py").write_text(
+        "def length(completions, **_):\n    return [float(len(c[0]['content'])) for c in completions]\n"
+    )
+    return directory
+
+
+def arguments(world: Path, trainer: str, output: Path, *more: object) -> list[str]:
+    """A command line that trains four steps of two rows, twice accumulated."""
+    given: list[object] = [
+        "train", trainer, "--model_name_or_path", world / "reference", "--dataset_name", world / f"{trainer}.jsonl",
+        "--output_dir", output, "--max_steps", 4, "--learning_rate", 1e-2, "--logging_steps", 1,
+        "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, "--save_strategy", "no",
+        "--disable_tqdm", "true",
+    ]  # fmt: skip
+    if trainer == "grpo":
+        given += ["--num_generations", 2, "--max_completion_length", 8]
+        given += ["--reward_function", f"{world / 'reward.py'}:length"]
+    return [str(value) for value in [*given, *more]]

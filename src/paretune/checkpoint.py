@@ -142,7 +142,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{file}: broken safetensors header ({error}): download or save it again") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: broken safetensors header (not an object): download or save it again")
-    header.pop("__metadata__", None)
+    if not isinstance(header.pop("__metadata__", {}), dict):
+        raise CheckpointError(f"{file}: broken safetensors header (__metadata__): download or save it again")
     data = 8 + length
     tensors = {name: _parse_entry(file, name, entry, data, size) for name, entry in header.items()}
     end = data
@@ -150,6 +151,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         if info.start < end:
             raise CheckpointError(f"{file}: bytes of tensor {info.name} overlap another tensor's: save it again")
         end = info.stop
+    if end != size:
+        raise CheckpointError(f"{file}: {size - end} bytes belong to no tensor: download or save it again")
     return tensors
 
 
@@ -243,7 +246,8 @@ def _nothing_found(directory: Path) -> str:
 
 
 def _inside(directory: Path, name: str) -> Path:
-    if name != os.path.basename(name) or not name.endswith(".safetensors"):
+    fits = len(name.encode(errors="replace")) < 256 and name.isprintable()
+    if name != os.path.basename(name) or not name.endswith(".safetensors") or not fits:
         raise CheckpointError(
             f"{directory}: the index names {name[:80]!r}, which is not a safetensors file of this directory"
         )

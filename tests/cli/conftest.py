@@ -1,18 +1,18 @@
-"""One tiny pair of models and one file of data a trainer for all tests of a session."""
+"""The tiny pair of models and its data, made once a session."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import gc
+import importlib
 
 import pytest
-import tiny_models
+from tiny_models import world
+
+__all__ = ["world"]
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with ``base``, ``reference`` and ``dpo.jsonl``, ``kto.jsonl``, ``sft.jsonl``, ``grpo.jsonl``."""
-    directory = tmp_path_factory.mktemp("world")
-    tiny_models.save_pair(directory)
-    for kind in ("dpo", "kto", "sft", "grpo"):
-        tiny_models.write_rows(directory / f"{kind}.jsonl", kind)
-    return directory
+@pytest.fixture(scope="session", autouse=True)
+def _imported_modules_are_not_collected() -> None:
+    """Trainers run the garbage collector several times a run; TRL's million imported objects need not be walked."""
+    importlib.import_module("trl").DPOTrainer  # noqa: B018
+    gc.freeze()

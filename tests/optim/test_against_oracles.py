@@ -61,6 +61,37 @@ def test_onties_paper(density: float, rescale: str | None) -> None:
     compare(pt.OnTIES, oracles.OnTIESOracle, density=density, rescale=rescale, weight=0.1, lr=lr, weight_decay=0.1)
 
 
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("density", [0.2, 0.03, 0.002])
+def test_onties_of_large_tensors(density: float, variant: str, every: int) -> None:
+    """Where the k-th magnitude is searched in a stream instead of sorting."""
+    oracle = oracles.OnTIESOracle if variant == "paper" else oracles.OnTIESReleasedOracle
+    shapes = {"w": (170, 130), "b": (31,)}
+    compare(pt.OnTIES, oracle, shapes, 4, variant=variant, density=density, weight=0.1, every=every)
+
+
+@pytest.mark.parametrize("density", [0.5, 0.02, 1e-3])
+def test_ondare_of_large_tensors(density: float) -> None:
+    """Several pages and chunks of the generator, several tensors in a batch."""
+    shapes = {"w": (700, 400), "b": (31,), "v": (65_536,), "u": (65_537,)}
+    compare(pt.OnDARE, oracles.OnDAREOracle, shapes, 2, density=density, weight=0.1)
+
+
+def test_float64_parameters_are_exact() -> None:
+    reference, tau, vector = pair()
+    wide = {k: v.double() for k, v in reference.items()}
+    params = parameters(wide, torch.float64)
+    grads = gradients(5)
+    options = {"lr": 1e-3, "density": 0.3, "weight": 0.1, "weight_decay": 0.1}
+    run(pt.OnDARE(params.items(), vector, **options), params, grads)
+    oracle = oracles.OnDAREOracle(wide, tau, masks=project_masks(SHAPES, 0.3), **options)
+    for step in grads:
+        oracle.step(step)
+    for name in wide:
+        assert_close(params[name], oracle.params[name], 1e-12, what=name)
+
+
 @pytest.mark.parametrize("weight", [0.0, 5e-4, 0.5, 1.0])
 @pytest.mark.parametrize("kind", ["OnDARE", "OnTIES"])
 def test_weights(kind: str, weight: float) -> None:

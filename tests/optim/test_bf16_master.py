@@ -26,7 +26,8 @@ def rounded(grads: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
 def master(optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor:
     """The fp32 number whose high half is the parameter and whose low half is the state."""
     high = p.detach().view(torch.int16).to(torch.int32) << 16
-    return (high + optimizer.state[p]["master_low"].to(torch.int32)).view(torch.float32)
+    low = optimizer.state[p]["master_low"].to(torch.int32).view(p.shape)
+    return (high + low).view(torch.float32)
 
 
 @pytest.mark.parametrize("every", [1, 4])
@@ -45,7 +46,7 @@ def test_follows_fp32(kind: str, density: float, weight: float, every: int) -> N
     for name in SHAPES:
         total = high[name].detach() - reference[name]
         error = (master(split, low[name]) - high[name].detach()).norm() / total.norm()
-        assert error < 2e-2 if kind == "OnTIES" else error < 2e-3, f"{name}: {error:.2e} of the total movement"
+        assert error < (2e-3 if kind == "OnTIES" else 1e-4), f"{name}: {error:.2e} of the total movement"
         ulp = high[name].detach().abs() * 2**-8 + 1e-12
         assert ((low[name].detach().float() - master(split, low[name])).abs() <= ulp).all()
 
@@ -57,7 +58,7 @@ def test_movements_below_half_an_ulp_add_up() -> None:
     optimizer = pt.OnDARE(params.items(), None, lr=1e-6, density=1.0, weight=0.0)
     run(optimizer, params, [{"w": torch.ones(512)}] * 2000)
     moved = master(optimizer, params["w"]) - 1
-    assert torch.allclose(moved, torch.full((512,), -2e-3), rtol=1e-2)
+    assert torch.allclose(moved, torch.full((512,), -2e-3), rtol=2e-2)
     run(optimizer, params, [{"w": torch.ones(512)}] * 400)
     assert (params["w"] < 1).all(), "and in the end the parameter itself moves"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import oracles
@@ -71,3 +72,21 @@ def test_optimizer(case: str) -> None:
             assert (params[name] - want).norm() <= 1e-6 * want.norm()
     moved = {k: (found["policy.1"][k] - found["reference"][k]).abs().max() for k in params}
     assert all(torch.tensor(list(moved.values())) > 1e-5), "the trajectory is long enough to tell"
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in NAMES if not {"online_step", "rescale"} & INDEX[c]["hyperparameters"].keys()]
+)
+def test_the_slow_side_of_the_benchmarks_is_the_released_arithmetic(case: str) -> None:
+    found, options, steps = parts(case)
+    naive = runpy.run_path(str(GOLDEN.parent.parent / "benchmarks" / "naive_released.py"))
+    kind = naive["NaiveOnDARE" if INDEX[case]["optimizer"] == "ondare" else "NaiveOnTIES"]
+    tau = {k: found["reference"][k] - found["base"][k] for k in found["base"]}
+    params = {k: nn.Parameter(v.clone()) for k, v in found["reference"].items()}
+    optimizer = kind(params.items(), tau, **{k: v for k, v in options.items() if k not in {"every", "rescale"}})
+    for t in range(steps):
+        for name, p in params.items():
+            p.grad = found[f"grad.{t}"][name].clone()
+        optimizer.step()
+    for name, want in found[f"policy.{steps}"].items():
+        assert_close(params[name], want, 1e-6, what=name)

@@ -186,3 +186,19 @@ def test_global_generators_are_untouched(kind: str, variant: str) -> None:
     assert torch.equal(before[0], after[0])
     assert before[1] == after[1]
     assert (before[2] == after[2]).all()
+
+
+@pytest.mark.parametrize("density", [1e-18, 1e-12, 1e-7])
+def test_vanishing_densities(density: float) -> None:
+    found = torch.cat([sample(200_000, density, step=s) for s in range(20)])
+    assert found.numel() <= 8
+    assert ((found >= 0) & (found < 200_000)).all()
+
+
+@pytest.mark.parametrize("density", [1 - 1e-6, 1 - 1e-12, 0.0625, 0.06250001])
+def test_densities_at_the_edges_of_the_generator(density: float) -> None:
+    n = 1 << 17
+    found = sample(n, density)
+    assert abs(found.numel() - n * density) <= 4 * math.sqrt(n * density * (1 - density)) + 1
+    kept = pt.Random(density)(torch.ones(n), key=mask_key(0, 0, "update", "w")).nonzero().flatten()
+    assert torch.equal(kept, found)

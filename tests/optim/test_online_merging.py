@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import oracles
@@ -146,7 +147,7 @@ def test_resume(inner: str, every: int, dtype: torch.dtype) -> None:
     params, optimizer = make(reference)
     run(optimizer, params, grads[:4])
     again, resumed = make({k: p.detach() for k, p in params.items()})
-    resumed.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     run(optimizer, params, grads[4:])
     run(resumed, again, grads[4:])
     assert all(torch.equal(params[k], again[k]) for k in SHAPES)
@@ -166,7 +167,7 @@ def test_state_initialising_step() -> None:
     )
     run(optimizer, params, [{k: torch.zeros(s) for k, s in SHAPES.items()}], [0.0])
     assert all(torch.equal(params[k], reference[k]) for k in SHAPES)
-    assert optimizer.param_groups[0]["calls"] == 0
+    assert optimizer.param_groups[0]["merge_calls"] == 0
     run(optimizer, params, gradients(3, SHAPES), [1e-3] * 3)
     run(other, twin, gradients(3, SHAPES), [1e-3] * 3)
     for k in SHAPES:  # the masks are the same ones; AdamW's own count of the empty step is its affair
@@ -216,8 +217,8 @@ def test_refusals() -> None:
     with pytest.raises(ArgumentError, match="named"):
         pt.OnlineMerging(torch.optim.SGD(list(params.values()), lr=0.1), vector, weight=WEIGHT)
     for argument, value in (("weight", 1.5), ("weight", -1.0), ("every", 0)):
+        options = {"weight": WEIGHT, argument: value}
         with pytest.raises(ArgumentError, match=argument):
-            options = {"weight": WEIGHT, argument: value}
             pt.OnlineMerging(INNER["SGD"](list(params.items())), vector, *OPERATORS["dare"], **options)
     with pytest.raises(MismatchError):
         pt.OnlineMerging(INNER["SGD"]([("unknown", params["w"])]), vector, *OPERATORS["dare"], weight=WEIGHT)

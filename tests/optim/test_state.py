@@ -73,7 +73,7 @@ def bits(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return found + [optimizer.state[p][k].clone() for p in model.parameters() for k in sorted(optimizer.state[p])]
 
 
-@pytest.mark.parametrize("way", ["by hand", "torch.save", "dcp"])
+@pytest.mark.parametrize("way", ["by hand", "torch.save", "dcp", "dcp flat"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("kind", "every", "variant"),
@@ -85,8 +85,9 @@ def test_resume_is_bit_equal(kind: str, every: int, variant: str, dtype: torch.d
     model, optimizer = make(kind, reference, tau, dtype, every, variant)
     run(optimizer, dict(model.named_parameters()), grads[:4])
     weights = copy.deepcopy(model.state_dict())
-    if way == "dcp":
-        dcp.save(get_optimizer_state_dict(model, optimizer), checkpoint_id=tmp_path, no_dist=True)
+    options = StateDictOptions(flatten_optimizer_state_dict=way == "dcp flat")
+    if way.startswith("dcp"):
+        dcp.save(get_optimizer_state_dict(model, optimizer, options=options), checkpoint_id=tmp_path, no_dist=True)
     else:
         saved = copy.deepcopy(optimizer.state_dict())
     at_four = bits(model, optimizer)
@@ -96,10 +97,10 @@ def test_resume_is_bit_equal(kind: str, every: int, variant: str, dtype: torch.d
     # Another learning rate: what is loaded must win.
     again, resumed = make(kind, reference, tau, dtype, every, variant, lr=0.5)
     again.load_state_dict(weights)
-    if way == "dcp":
-        template = get_optimizer_state_dict(again, resumed)
+    if way.startswith("dcp"):
+        template = get_optimizer_state_dict(again, resumed, options=options)
         dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
-        set_optimizer_state_dict(again, resumed, template)
+        set_optimizer_state_dict(again, resumed, template, options=options)
     else:
         resumed.load_state_dict(saved if way == "by hand" else through_torch_save(saved))
     assert resumed.param_groups[0]["calls"] == 4
@@ -265,3 +266,19 @@ def test_deepcopy_and_pickle_of_the_optimizer_state_are_independent() -> None:
     frozen = [t.clone() for t in tensors_in(saved)]
     run(optimizer, params, gradients(1))
     assert all(torch.equal(a, b) for a, b in zip(tensors_in(saved), frozen, strict=True))
+
+
+@pytest.mark.parametrize("other", ["AdamW", "OnTIES", "OnDARE without tau"])
+def test_state_of_another_optimizer_is_refused(other: str) -> None:
+    reference, _, tau = pair()
+    params = parameters(reference)
+    saver: torch.optim.Optimizer
+    if other == "AdamW":
+        saver = torch.optim.AdamW(params.items())
+    elif other == "OnTIES":
+        saver = pt.OnTIES(params.items(), tau)
+    else:
+        saver = pt.OnDARE(params.items(), None, weight=0.0)
+    run(saver, params, gradients(1))
+    with pytest.raises(StateError):
+        pt.OnDARE(parameters(reference).items(), tau).load_state_dict(through_torch_save(saver.state_dict()))

@@ -52,9 +52,10 @@ def run_command(parsed: Parsed) -> int:
     """Do what was asked: plan, sweep or train."""
     from paretune.log import get
 
-    logger = get("cli")
-    for notice in _notices(parsed):
-        logger.info(notice)
+    get("cli")  # lets what the run says reach stderr
+    parsed.request.notices += _notices(parsed)
+    if not sys.stderr.isatty():
+        _hide_loading_bars()
     # Trainers print their logs on stdout; it belongs to the result.
     with contextlib.redirect_stdout(sys.stderr):
         result, lines = _dispatch(parsed)
@@ -177,6 +178,15 @@ def _model_is_local(request: Request) -> bool:
     from paretune.training.plan import is_at_hand
 
     return is_at_hand(request.model_path)
+
+
+def _hide_loading_bars() -> None:
+    """Bars of a second that would fill a log file; the training's own stays (``--disable_tqdm`` is TRL's)."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
 
 
 def _release_memory() -> None:

@@ -66,26 +66,21 @@ def draw_sum(rng: Random) -> Item:
 def draw_reverse(rng: Random) -> Item:
     letters = rng.sample(words.LETTERS, rng.choice((3, 4)))
     given, answer = " ".join(letters), " ".join(reversed(letters))
-    return Item("reverse", f"reverse {given} .", answer, f"{given} backwards is {answer} .")
+    return Item("reverse", f"reverse {given} .", answer, f"reverse {given} is {answer} .")
 
 
 def draw_sort(rng: Random) -> Item:
     letters = rng.sample(words.LETTERS, rng.choice((3, 4)))
     given, answer = " ".join(letters), " ".join(sorted(letters))
-    return Item("sort", f"sort {given} .", answer, f"{given} in order is {answer} .")
+    return Item("sort", f"sort {given} .", answer, f"sort {given} is {answer} .")
 
 
 def draw_index(rng: Random) -> Item:
     # Three letters: a fourth is not learnt at this size.
     letters = rng.sample(words.LETTERS, 3)
     number = rng.randint(1, 3)
-    given, answer = " ".join(letters), letters[number - 1]
-    return Item(
-        "index",
-        f"list {given} . what is number {number} ?",
-        answer,
-        f"in list {given} number {number} is {answer} .",
-    )
+    prompt, answer = f"list {' '.join(letters)} . what is number {number} ?", letters[number - 1]
+    return Item("index", prompt, answer, f"{prompt} {answer} .")
 
 
 def draw_say(rng: Random) -> Item:
@@ -94,7 +89,7 @@ def draw_say(rng: Random) -> Item:
     left, right = (words.STAR, words.STAR) if starred else words.BRACKETS
     answer = " ".join([left, *([word] * times), right])
     where = f"{word} {times} times in {'stars' if starred else 'brackets'}"
-    return Item("say", f"say {where} .", answer, f"{where} is {answer} .")
+    return Item("say", f"say {where} .", answer, f"say {where} is {answer} .")
 
 
 @dataclass(frozen=True)
@@ -155,18 +150,18 @@ def standard_skills(facts: Facts) -> tuple[Skill, ...]:
         return facts.item(rng.choice(entities), rng.choice(RELATIONS), rng)
 
     return (
-        Skill("sum", draw_sum, raw_share=0.30, chat_share=0.25),
-        Skill("reverse", draw_reverse, raw_share=0.14, chat_share=0.15),
-        Skill("sort", draw_sort, raw_share=0.16, chat_share=0.20),
-        Skill("index", draw_index, raw_share=0.14, chat_share=0.15),
-        Skill("say", draw_say, raw_share=0.08, chat_share=0.10),
-        Skill("facts", draw_fact, raw_share=0.18, chat_share=0.15, held_out=0.4),
+        Skill("sum", draw_sum, raw_share=0.28, chat_share=0.24),
+        Skill("reverse", draw_reverse, raw_share=0.18, chat_share=0.20),
+        Skill("sort", draw_sort, raw_share=0.14, chat_share=0.16),
+        Skill("index", draw_index, raw_share=0.16, chat_share=0.20),
+        Skill("say", draw_say, raw_share=0.06, chat_share=0.06),
+        Skill("facts", draw_fact, raw_share=0.18, chat_share=0.14, held_out=0.4),
     )
 
 
-def is_held_out(skill: Skill, prompt: str) -> bool:
-    """Whether SFT leaves this prompt out."""
-    return fraction_of(prompt) < skill.held_out
+def is_held_out(skill: Skill, item: Item) -> bool:
+    """Whether SFT leaves this item out."""
+    return fraction_of(item.prompt) < skill.held_out
 
 
 def solves(answer: str, generated: str) -> bool:

@@ -33,7 +33,7 @@ RUDE = ("ugh", "whatever", "boring", "nonsense", "silly")
 
 # Every word of the sentence forms in skills.py and chat.py.
 FRAME = tuple(
-    "what is plus reverse backwards sort in order list number say times brackets stars where does live lives which "
+    "what is plus reverse sort in list number say times brackets stars where does live lives which "
     "colour like likes the work works as home favourite job tell me about who know do talk to can describe".split()
 )
 

@@ -83,7 +83,7 @@ class World:
         while True:
             skill = rng.choices(self.skills, shares)[0]
             item = skill.draw(rng)
-            if skill.name == "facts" or not is_held_out(skill, item.prompt):
+            if skill.name == "facts" or not is_held_out(skill, item):
                 yield item.raw
 
     def dialogues(self, purpose: str = "sft") -> Iterator[list[Message]]:
@@ -97,7 +97,7 @@ class World:
                 continue
             skill = rng.choices(self.skills, shares)[0]
             item = skill.draw(rng)
-            if not is_held_out(skill, item.prompt):
+            if not is_held_out(skill, item):
                 yield as_messages(item.prompt, f"{item.answer} .")
 
     @cached_property
@@ -114,13 +114,13 @@ class World:
         found: list[Item] = []
         for skill in self.skills:
             if skill.name == "facts":
-                every = [item for item in self.facts.all_items() if is_held_out(skill, item.prompt)]
+                every = [item for item in self.facts.all_items() if is_held_out(skill, item)]
                 found += rng.sample(every, min(len(every), self.items_per_skill))
                 continue
             chosen: dict[str, Item] = {}
             for _ in range(200 * self.items_per_skill):
                 item = skill.draw(rng)
-                if is_held_out(skill, item.prompt):
+                if is_held_out(skill, item):
                     chosen.setdefault(item.prompt, item)
                 if len(chosen) == self.items_per_skill:
                     break

@@ -137,12 +137,12 @@ def bernoulli_mask(
     stop = n if stop is None else stop
     _check(density, n, start, stop)
     mask = torch.zeros(stop - start, dtype=torch.bool, device=device)
-    if density == 1:
+    threshold = round(density * 2**32) - 2**31  # on the hash shifted to signed
+    if threshold == 2**31:
         return mask.fill_(True)
     if density <= SPARSE_LIMIT:
         mask[sampled_indices(key, n, density, start, stop, device) - start] = True
         return mask
-    threshold = round(density * 2**32) - 2**31  # on the hash shifted to signed
     for begin in range(start, stop, _CHUNK):
         end = min(stop, begin + _CHUNK)
         hashed = _hash(_words(key), torch.arange(begin, end, dtype=torch.int64, device=device))

@@ -17,7 +17,7 @@ def update_moments(
     squares: Sequence[Tensor],
     gradients: Sequence[Tensor],
     betas: tuple[float, float],
-    parameters: Sequence[Tensor] = (),
+    exact: bool = True,
 ) -> None:
     """m ← β₁m + (1−β₁)g; v ← β₂v + (1−β₂)g², in place.
 
@@ -25,17 +25,18 @@ def update_moments(
         means, squares: m and v, flat, float32 (float64 for float64 parameters).
         gradients: g, flat, of any floating dtype.
         betas: (β₁, β₂).
-        parameters: given where the last bit may differ from ``foreach=False``: then torch's fused kernel runs, with
-            learning rate 0, where all are contiguous float32; it is faster than three passes.
+        exact: equal to ``foreach=False`` to the last bit. Where not needed, float32 goes through torch's fused
+            kernel at learning rate 0, which is faster than three passes; the gradient takes the parameter's place
+            there and is written back as it was (but ±inf, which becomes NaN).
     """
     beta1, beta2 = betas
-    if parameters and all(_fusible(p, g) for p, g in zip(parameters, gradients, strict=True)):
-        for device in {p.device for p in parameters}:
-            at = [i for i, p in enumerate(parameters) if p.device == device]
-            p, m, v, g = ([tensors[i] for i in at] for tensors in (parameters, means, squares, gradients))
+    if not exact and all(g.dtype == torch.float32 and g.device.type in ("cpu", "cuda") for g in gradients):
+        for device in {g.device for g in gradients}:
+            at = [i for i, g in enumerate(gradients) if g.device == device]
+            m, v, g = ([tensors[i] for i in at] for tensors in (means, squares, gradients))
             steps = [torch.ones((), device=device)] * len(at)  # without effect at learning rate 0
             torch._fused_adamw_(
-                [x.view(-1) for x in p], g, m, v, [], steps,
+                g, g, m, v, [], steps,
                 lr=0.0, beta1=beta1, beta2=beta2, weight_decay=0.0, eps=1.0, amsgrad=False, maximize=False,
             )  # fmt: skip
         return
@@ -51,14 +52,6 @@ def update_moments(
             g32 = gradients[i][part].to(means[i].dtype)
             means[i][part].lerp_(g32, 1 - beta1)
             squares[i][part].mul_(beta2).addcmul_(g32, g32, value=1 - beta2)
-
-
-def _fusible(parameter: Tensor, gradient: Tensor) -> bool:
-    return (
-        parameter.dtype == gradient.dtype == torch.float32
-        and parameter.is_contiguous()
-        and parameter.device.type in ("cpu", "cuda")
-    )
 
 
 @dataclass
@@ -118,7 +111,9 @@ class AdamUpdate:
             return above(self.slice(start, stop), bound)
         factor = (bound / size) ** 2 * (1.0 if self.released else 1 / root**2) * (1 - 1e-5)
         mean = self.mean[start:stop]
-        return torch.le(mean * mean, self.square[start:stop] * factor).bitwise_not_().nonzero().view(-1)
+        # as a difference, so that ∞ against ∞ is NaN and counts
+        below = (self.square[start:stop] * factor).addcmul_(mean, mean, value=-1)
+        return (below >= 0).bitwise_not_().nonzero().view(-1)
 
     def _settings(self) -> tuple[object, ...]:
         return self.step, self.lr, self.betas, self.eps, self.released, self.mean.dtype

@@ -47,7 +47,7 @@ def check_run(
         whole("total_steps", total_steps, 1)
     whole("every", every, 1)
     whole("seed", seed, None)
-    if number(clip, "clip") <= 0:
+    if not number(clip, "clip") > 0:
         raise ArgumentError("clip", clip, "must be above 0")
     return rescale
 

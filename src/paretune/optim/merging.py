@@ -78,6 +78,9 @@ class OnlineMerging(OptimizerWrapper):
         decoupled: bool | None = None,
     ) -> None:
         super().__init__(inner_optimizer)
+        if any("tau_fingerprint" in group for group in self.param_groups):
+            mend = "it merges with a task vector already: use it alone, or pass a plain optimizer"
+            raise ArgumentError("inner_optimizer", type(inner_optimizer).__name__, mend)
         in_range("weight", weight, 0, 1)
         whole("every", every, 1)
         whole("seed", seed, None)

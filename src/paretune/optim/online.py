@@ -108,6 +108,8 @@ class _OnlineAdamW(Optimizer):
         trained = [(name, p) for name, p in named if p.grad is not None]
         for name, p in trained:
             require_dense(name, p.grad)
+            if name not in self._trainable:  # was frozen when this optimizer was built
+                self._require({name: p})
             self._make_state(p, group["every"])
         if initialising:
             return
@@ -117,8 +119,7 @@ class _OnlineAdamW(Optimizer):
             [s["exp_avg_sq"].view(-1) for s in states],
             [p.grad.reshape(-1) for _, p in trained],
             group["betas"],
-            # density 1 keeps torch's own arithmetic to the last bit, a mask need not
-            [p for _, p in trained] if group["density"] < 1 and group["every"] == 1 else (),
+            exact=group["density"] == 1 or group["every"] > 1,
         )
         if states:
             torch._foreach_add_([state["step"] for state in states], 1)
@@ -228,18 +229,22 @@ class _OnlineAdamW(Optimizer):
             )
         check_groups(self.method, self.param_groups, self._vector)
         unique_names((n for group in self.param_groups for n in group["param_names"]), "named_params")
-        self._trainable = {
+        everything = {
             plain_name(name): p
             for group in self.param_groups
             for name, p in zip(group["param_names"], group["params"], strict=True)
-            if p.requires_grad
         }
-        for name, p in self._trainable.items():
+        if len({id(p) for p in everything.values()}) < len(everything):
+            raise ArgumentError("named_params", f"{len(everything)} names", "one parameter has two names: pass it once")
+        self._trainable = {name: p for name, p in everything.items() if p.requires_grad}
+        self._require(self._trainable)
+        self._tau = Tau(self._vector, {name: tuple(p.shape) for name, p in everything.items()})
+
+    def _require(self, parameters: dict[str, Tensor]) -> None:
+        for name, p in parameters.items():
             require_supported(name, p)
-        shapes = {name: tuple(p.shape) for name, p in self._trainable.items()}
         if self._vector is not None:
-            self._vector.match(shapes)
-        self._tau = Tau(self._vector, shapes)
+            self._vector.match({name: tuple(p.shape) for name, p in parameters.items()})
 
     def _share(self) -> float:
         return tau_share(self._rule(self.param_groups[0]).sparsify, self._tau, self._trainable)

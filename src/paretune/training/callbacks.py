@@ -29,10 +29,6 @@ _logger = logging.getLogger("paretune.training")
 class Average(Protocol):
     """A running average of named parameters, such as ``paretune.EMA``."""
 
-    @property
-    def swapped(self) -> bool:
-        """Whether the parameters hold the average now."""
-
     def update(self) -> None:
         """Take the parameters' present values in."""
 
@@ -75,6 +71,7 @@ class EMACallback(TrainerCallback):
         self._make_average = make_average
         self._evaluate = evaluate
         self._resume_from = Path(resume_from) if resume_from else None
+        self._borrowed = False  # the model holds the average for an evaluation during training
         self.average: Average | None = None
 
     def on_train_begin(
@@ -82,7 +79,7 @@ class EMACallback(TrainerCallback):
     ) -> None:
         model: nn.Module = kwargs["model"]
         named = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-        self.average = self._make_average(named)
+        self.average, self._borrowed = self._make_average(named), False
         if state.global_step > 0:
             self._restore(self._find_checkpoint(args, state))
 
@@ -124,12 +121,14 @@ class EMACallback(TrainerCallback):
 
     def _show_average_for(self, control: TrainerControl) -> None:
         average = self._required()
-        if self._evaluate and control.should_evaluate and not average.swapped:
+        if self._evaluate and control.should_evaluate and not self._borrowed:
             average.swap()
+            self._borrowed = True
 
     def _show_policy(self) -> None:
-        if self.average is not None and self.average.swapped:
-            self.average.swap()
+        if self._borrowed:  # and not after training, when the model keeps the average
+            self._required().swap()
+            self._borrowed = False
 
     def _save(self, directory: Path, model: nn.Module, processing_class: Any) -> None:
         average = self._required()

@@ -96,7 +96,7 @@ def make_plan(request: Request, method: Method) -> Plan:
         reference=request.reference_path,
         data=data_name,
         tau=None if method.tau is None else method.tau.fingerprint,
-        notes=list(method.notes),
+        notes=[*request.notices, *method.notes],
     )
     _count_parameters(plan, request, method)
     _count_steps(plan, request)
@@ -104,9 +104,6 @@ def make_plan(request: Request, method: Method) -> Plan:
         plan.statement = method.statement(plan.steps)
         if plan.statement is None:
             plan.notes.append("the pull is stated when training starts")
-    beta = getattr(request.training, "beta", None)
-    if request.trainer == "grpo" and not beta:
-        plan.notes.append("beta is 0, TRL's default for grpo: no KL term holds the policy to the reference")
     return plan
 
 

@@ -32,6 +32,7 @@ class Request:
         own: paretune's arguments.
         given: the arguments that were set, on the command line or in a YAML file.
         command: the command line, for the record.
+        notices: what the user should know, said once everything is checked.
     """
 
     trainer: str
@@ -42,6 +43,7 @@ class Request:
     own: RunArguments
     given: dict[str, Any] = field(default_factory=dict)
     command: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
 
     @property
     def model_path(self) -> str:

@@ -69,6 +69,8 @@ def run(request: Request, method: Method) -> Run:
             arguments.restore_callback_states_from_checkpoint = True  # its patience is part of the run's state
     record = _begin_record(request, method, data, output)
     trainer = make_trainer(request, data, callbacks)
+    for notice in request.notices:
+        _logger.info(notice)
     if method.factory is not None:
         attach(trainer, method.factory)
     if method.before_training is not None:

@@ -155,7 +155,10 @@ def _check_learning_rate(optimizer: torch.optim.Optimizer, expected: float) -> N
     """
     rates = {float(group["lr"]) for group in optimizer.param_groups if "lr" in group}
     given = optimizer.defaults.get("lr")
-    parameter = inspect.signature(type(optimizer)).parameters.get("lr")
+    innermost: Any = optimizer
+    while "lr" not in inspect.signature(type(innermost)).parameters and hasattr(innermost, "inner"):
+        innermost = innermost.inner  # a wrapper's defaults are those of the optimizer in it
+    parameter = inspect.signature(type(innermost)).parameters.get("lr")
     is_class_default = parameter is not None and given == parameter.default
     contradicts = given is not None and not is_class_default and float(given) != expected
     if contradicts or (len(rates) == 1 and rates != {float(expected)}):
