@@ -1,5 +1,8 @@
 """paretune: align language models without the alignment tax.
 
+Three points in weight space (base, reference, policy), task vectors between them, and two operators (sparsify,
+consensus) that serve offline merging and online optimizers alike.
+
 Every name is imported when it is first used: ``import paretune`` costs nothing, the optimizers cost torch, and only
 ``attach`` and the callbacks cost transformers.
 """
@@ -10,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
     from .errors import (
         ArgumentError,
         CheckpointError,
@@ -20,11 +24,7 @@ if TYPE_CHECKING:
         StateError,
     )
     from .operators import METHODS, Magnitude, Random, SignElection, WeightedSum
-    from .optim import OnDARE, OnlineMerging, OnTIES
-    from .optim.anchor import Anchor
-    from .optim.child_tuning import ChildTuning
-    from .optim.ema import EMA
-    from .optim.fisher import fisher_information
+    from .optim import EMA, Anchor, ChildTuning, OnDARE, OnlineMerging, OnTIES, fisher_information
     from .task_vector import TaskVector
     from .training.callbacks import EMACallback
     from .training.trainer import attach
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "checkpoint": ("Checkpoint",),
     "errors": (
         "ArgumentError",
         "CheckpointError",
@@ -42,11 +43,7 @@ _HOMES = {
         "StateError",
     ),
     "operators": ("METHODS", "Magnitude", "Random", "SignElection", "WeightedSum"),
-    "optim": ("OnDARE", "OnTIES", "OnlineMerging"),
-    "optim.anchor": ("Anchor",),
-    "optim.child_tuning": ("ChildTuning",),
-    "optim.ema": ("EMA",),
-    "optim.fisher": ("fisher_information",),
+    "optim": ("Anchor", "ChildTuning", "EMA", "OnDARE", "OnTIES", "OnlineMerging", "fisher_information"),
     "task_vector": ("TaskVector",),
     "training.callbacks": ("EMACallback",),
     "training.trainer": ("attach",),
@@ -54,14 +51,15 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "EMA",
+    "METHODS",
     "Anchor",
     "ArgumentError",
+    "Checkpoint",
     "CheckpointError",
     "ChildTuning",
     "DataError",
-    "EMA",
     "EMACallback",
-    "METHODS",
     "Magnitude",
     "MismatchError",
     "MissingExtraError",

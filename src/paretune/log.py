@@ -7,7 +7,7 @@ import logging
 _ROOT = logging.getLogger("paretune")
 
 
-class _DefaultHandler(logging.StreamHandler):  # type: ignore[type-arg]
+class _DefaultHandler(logging.StreamHandler):
     """Writes to stderr, and steps back as soon as the application has handlers of its own."""
 
     def emit(self, record: logging.LogRecord) -> None:

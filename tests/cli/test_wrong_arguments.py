@@ -49,7 +49,7 @@ WRONG: dict[str, tuple[str, list[str], str]] = {
     "no test split": ("dpo", ["--eval_strategy", "epoch"], "dataset_test_split='test'"),
     "no model": ("dpo", ["--model_name_or_path", "./absent"], "model_name_or_path='./absent': no such directory"),
     "no config": ("dpo", ["--model_name_or_path", "{tmp}"], "model_name_or_path="),
-    "no tokenizer": ("kto", ["--model_name_or_path", "{tmp}/bare"], "no tokenizer"),
+    "no tokenizer": ("kto", ["--model_name_or_path", "{tmp}/bare"], "tokenizer"),
     "no base there": ("dpo", [*ONLINE, "--base_model", "{tmp}"], "{tmp}"),
     "other base": ("dpo", [*ONLINE, "--base_model", "{tmp}/wide"], "base"),
     "no reference": ("dpo", ["--reference_model", "./absent"], "reference_model='./absent': no such directory"),

@@ -58,9 +58,9 @@ def fraction_of(text: str) -> float:
 
 def draw_sum(rng: Random) -> Item:
     digits = [rng.randrange(10) for _ in range(3)]
-    total = sum(digits)
-    terms = " plus ".join(map(str, digits))
-    return Item("sum", f"what is {terms} ?", str(total), f"{terms} is {total} .")
+    terms, total = " plus ".join(map(str, digits)), str(sum(digits))
+    prompt = f"what is {terms} ?"
+    return Item("sum", prompt, total, rng.choice((f"{terms} is {total} .", f"{prompt} {total} .")))
 
 
 def draw_reverse(rng: Random) -> Item:
@@ -76,11 +76,11 @@ def draw_sort(rng: Random) -> Item:
 
 
 def draw_index(rng: Random) -> Item:
-    # Three letters: a fourth is not learnt at this size.
+    # Three letters, named after the number: a fourth, or the number last, is often not learnt at this size.
     letters = rng.sample(words.LETTERS, 3)
     number = rng.randint(1, 3)
-    prompt, answer = f"list {' '.join(letters)} . what is number {number} ?", letters[number - 1]
-    return Item("index", prompt, answer, f"{prompt} {answer} .")
+    asked, answer = f"number {number} in list {' '.join(letters)}", letters[number - 1]
+    return Item("index", f"what is {asked} ?", answer, f"{asked} is {answer} .")
 
 
 def draw_say(rng: Random) -> Item:

@@ -1,6 +1,10 @@
 """Optimizers: online merging (OnDARE, OnTIES, OnlineMerging) and the baselines they are judged against."""
 
+from .anchor import Anchor
+from .child_tuning import ChildTuning
+from .ema import EMA
+from .fisher import fisher_information
 from .merging import OnlineMerging
 from .online import OnDARE, OnTIES
 
-__all__ = ["OnDARE", "OnTIES", "OnlineMerging"]
+__all__ = ["EMA", "Anchor", "ChildTuning", "OnDARE", "OnTIES", "OnlineMerging", "fisher_information"]

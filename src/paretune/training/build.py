@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from paretune.training.trl_classes import trainer_class, trl
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
 
-_logger = logging.getLogger("paretune.training")
+_LOOKED_AT = 256  # prepared rows
 
 
 @dataclass
@@ -127,6 +126,8 @@ def make_trainer(request: Request, data: Data, callbacks: list[Any]) -> Trainer:
     Raises:
         PareTuneError: TRL refuses the arguments, models or data.
     """
+    from transformers import set_seed
+
     kind = trainer_class(request.trainer)
     options: dict[str, Any] = {
         "args": request.training,
@@ -143,6 +144,7 @@ def make_trainer(request: Request, data: Data, callbacks: list[Any]) -> Trainer:
         options["reward_funcs"] = load_rewards(request)
     elif request.other_reference and request.trainer in ("dpo", "kto"):
         options["ref_model"] = _load_reference(request)
+    set_seed(request.training.seed)  # early TRL 1.x drew a new adapter's weights before it set the seed
     try:
         trainer = kind(model=request.model_path, **options)
     except PareTuneError:
@@ -251,11 +253,16 @@ def _load_reference(request: Request) -> PreTrainedModel:
 
 
 def _check_prepared(request: Request, trainer: Trainer, data: Data) -> None:
-    left = len(trainer.train_dataset)  # type: ignore[arg-type]
-    if left == 0:
+    """Refuse data of which truncation leaves no answer; newer TRL drops such rows, early 1.x trained on them."""
+    arguments: Any = request.training
+    rows: Any = trainer.train_dataset
+    limit = getattr(arguments, "max_length", None)
+    seen = rows[:_LOOKED_AT].get("prompt_ids", []) if len(rows) else []
+    keeps_start = getattr(arguments, "truncation_mode", "keep_start") == "keep_start"
+    nothing_left = limit is not None and keeps_start and bool(seen) and all(len(ids) >= limit for ids in seen)
+    if len(rows) == 0 or nothing_left:
         raise DataError(
-            f"dataset_name={data.train_name!r}: no row is left after TRL dropped the prompts that fill "
-            f"max_length={getattr(request.training, 'max_length', None)}; raise --max_length"
+            f"dataset_name={data.train_name!r}: the prompts alone fill max_length={limit}; raise --max_length"
         )
 
 
