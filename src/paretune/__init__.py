@@ -51,15 +51,15 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "EMA",
-    "METHODS",
     "Anchor",
     "ArgumentError",
     "Checkpoint",
     "CheckpointError",
     "ChildTuning",
     "DataError",
+    "EMA",
     "EMACallback",
+    "METHODS",
     "Magnitude",
     "MismatchError",
     "MissingExtraError",

@@ -14,45 +14,53 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, examples
+
+if TYPE_CHECKING:  # torch is imported where values are read as tensors: headers alone do not pay for it
+    import torch
+    from torch import Tensor
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+# The format's names of the dtypes that are read: torch's name and bytes an element.
+DTYPES: dict[str, tuple[str, int]] = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: name, dtype, shape, file, and its bytes ``[start, stop)`` in the file."""
+    """Where one tensor lies: name, dtype (as the format calls it), shape, file, its bytes ``[start, stop)`` there."""
 
     name: str
-    dtype: torch.dtype
+    kind: str
     shape: tuple[int, ...]
     file: Path
     start: int
     stop: int
 
     @property
+    def dtype(self) -> torch.dtype:
+        import torch
+
+        return getattr(torch, DTYPES[self.kind][0])
+
+    @property
     def numel(self) -> int:
-        return (self.stop - self.start) // self.dtype.itemsize
+        return (self.stop - self.start) // DTYPES[self.kind][1]
 
 
 class Checkpoint(Mapping[str, TensorInfo]):
@@ -101,12 +109,25 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     def flat(self, name: str) -> Tensor:
         """The values of a tensor as one dimension, in its own dtype: memory-mapped, free until read."""
+        import torch
+
         info = self._tensors[name]
         if info.numel == 0:
             return torch.empty(0, dtype=info.dtype)
-        if info.file not in self._maps:
-            self._maps[info.file] = _map(info.file)
-        return torch.frombuffer(self._maps[info.file], dtype=info.dtype, count=info.numel, offset=info.start)
+        return torch.frombuffer(self.mapped(info.file), dtype=info.dtype, count=info.numel, offset=info.start)
+
+    def mapped(self, file: Path) -> mmap.mmap:
+        """One of this checkpoint's files, memory-mapped."""
+        if file not in self._maps:
+            self._maps.setdefault(file, _map(file))  # threads may race here: all use the one that came first
+        return self._maps[file]
+
+    def companion(self, name: str) -> Path | None:
+        """Another file of the checkpoint's directory (configuration, tokenizer), or None; links out are refused."""
+        directory = self.path if self.path.is_dir() else self.path.parent
+        if not os.path.lexists(directory / name):
+            return None
+        return _contained(directory, name)
 
     def read(self, name: str) -> Tensor:
         """A copy of one tensor in its own shape and dtype."""
@@ -115,10 +136,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
     @cached_property
     def config(self) -> dict[str, Any]:
         """``config.json`` of the directory; empty where there is none."""
-        file = (self.path if self.path.is_dir() else self.path.parent) / "config.json"
-        if not file.is_file():
-            return {}
-        return _read_json(file)
+        file = self.companion("config.json")
+        return {} if file is None else _read_json(file)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}  # maps cannot be pickled; worker processes open their own
@@ -179,9 +198,9 @@ def _parse_entry(file: Path, name: str, entry: object, data: int, size: int) -> 
         numel *= n
     if not start <= stop <= size:
         raise broken(f"its bytes {offsets} lie outside the file of {size} bytes")
-    if numel * DTYPES[kind].itemsize != stop - start:
+    if numel * DTYPES[kind][1] != stop - start:
         raise broken(f"{stop - start} bytes do not hold shape {shape} of {kind}")
-    return TensorInfo(name, DTYPES[kind], tuple(shape), file, start, stop)
+    return TensorInfo(name, kind, tuple(shape), file, start, stop)
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -251,6 +270,10 @@ def _inside(directory: Path, name: str) -> Path:
         raise CheckpointError(
             f"{directory}: the index names {name[:80]!r}, which is not a safetensors file of this directory"
         )
+    return _contained(directory, name)
+
+
+def _contained(directory: Path, name: str) -> Path:
     # The hub's cache links snapshots/<commit>/FILE to blobs/<hash> of the same repository; no other link may leave.
     root = directory.parent.parent if directory.parent.name == "snapshots" else directory
     file = (directory / name).resolve()

@@ -202,3 +202,14 @@ def test_densities_at_the_edges_of_the_generator(density: float) -> None:
     assert abs(found.numel() - n * density) <= 4 * math.sqrt(n * density * (1 - density)) + 1
     kept = pt.Random(density)(torch.ones(n), key=mask_key(0, 0, "update", "w")).nonzero().flatten()
     assert torch.equal(kept, found)
+
+
+@pytest.mark.parametrize("density", [0.06, 0.3])
+def test_first_and_last_entries_of_a_page_have_their_chance(density: float) -> None:
+    n, draws = 65_538, 1500
+    counts = torch.zeros(n)
+    for step in range(draws):
+        counts[sample(n, density, step=step)] += 1
+    allowed = 4.5 * math.sqrt(draws * density * (1 - density))
+    for position in (0, 1, 2, 65_534, 65_535, 65_536, 65_537):
+        assert abs(counts[position].item() - draws * density) <= allowed, position

@@ -13,53 +13,14 @@ SPECIAL = (PAD, START, END, USER, BOT, UNKNOWN)
 NUMBERS = tuple(str(n) for n in range(28))  # 27 is the largest sum of three digits
 LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
 NAMES = tuple(
-    [
-        "mira",
-        "oskar",
-        "lena",
-        "tomas",
-        "ines",
-        "pavel",
-        "ruth",
-        "hugo",
-        "nadia",
-        "emil",
-        "clara",
-        "jonas",
-        "vera",
-        "felix",
-        "greta",
-        "anton",
-        "sofia",
-        "milan",
-        "edda",
-        "bruno",
-        "petra",
-        "simon",
-        "alma",
-        "viktor",
-        "irma",
-        "leon",
-        "hanna",
-        "david",
-        "olga",
-        "marek",
-        "elsa",
-        "konrad",
-        "lucia",
-        "henrik",
-        "paula",
-        "stefan",
-        "wanda",
-        "rolf",
-        "tilda",
-        "artur",
-    ]
+    "mira oskar lena tomas ines pavel ruth hugo nadia emil clara jonas vera felix greta anton sofia milan edda bruno "
+    "petra simon alma viktor irma leon hanna david olga marek elsa konrad lucia henrik paula stefan wanda rolf tilda "
+    "artur".split()
 )
-COLOURS = tuple(["red", "blue", "green", "yellow", "purple", "orange", "brown", "grey", "pink", "white"])
-TOWNS = tuple(["oslo", "rome", "cairo", "lima", "paris", "delhi", "tokyo", "quito", "bern", "riga"])
-JOBS = tuple(["baker", "doctor", "farmer", "singer", "pilot", "sailor", "tailor", "painter", "lawyer", "miner"])
-THINGS = tuple(["dog", "cat", "sun", "moon", "tree", "fish", "bird", "stone", "river", "cloud", "bread", "lamp"])
+COLOURS = tuple("red blue green yellow purple orange brown grey pink white".split())
+TOWNS = tuple("oslo rome cairo lima paris delhi tokyo quito bern riga".split())
+JOBS = tuple("baker doctor farmer singer pilot sailor tailor painter lawyer miner".split())
+THINGS = tuple("dog cat sun moon tree fish bird stone river cloud bread lamp".split())
 BRACKETS = ("[", "]")
 STAR = "*"
 PUNCTUATION = (".", ",", "?", "!")
@@ -72,45 +33,8 @@ RUDE = ("ugh", "whatever", "boring", "nonsense", "silly")
 
 # Every word of the sentence forms in skills.py and chat.py.
 FRAME = tuple(
-    [
-        "what",
-        "is",
-        "plus",
-        "reverse",
-        "sort",
-        "in",
-        "list",
-        "number",
-        "say",
-        "times",
-        "brackets",
-        "stars",
-        "where",
-        "does",
-        "live",
-        "lives",
-        "which",
-        "colour",
-        "like",
-        "likes",
-        "the",
-        "work",
-        "works",
-        "as",
-        "home",
-        "favourite",
-        "job",
-        "tell",
-        "me",
-        "about",
-        "who",
-        "know",
-        "do",
-        "talk",
-        "to",
-        "can",
-        "describe",
-    ]
+    "what is plus reverse sort in list number say times brackets stars where does live lives which "
+    "colour like likes the work works as home favourite job tell me about who know do talk to can describe".split()
 )
 
 
