@@ -266,3 +266,26 @@ def test_sides_of_different_dtypes(tmp_path: Path) -> None:
     one, two = {"a": torch.randn(50).bfloat16()}, {"a": torch.randn(50)}
     tau = pt.TaskVector.between(base=write(tmp_path / "a", one), reference=write(tmp_path / "b", two))
     assert torch.equal(tau.dense("a"), two["a"] - one["a"].float())
+
+
+def test_a_linked_directory_and_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directory itself may be a link (runs/latest → runs/42): only what is in it must stay in it."""
+    write(tmp_path / "real", values(0))
+    (tmp_path / "latest").symlink_to("real")
+    monkeypatch.chdir(tmp_path)
+    one = pt.TaskVector.between(base="latest", reference=values(1))
+    two = pt.TaskVector.between(base=tmp_path / "real", reference=values(1))
+    assert one.fingerprint == two.fingerprint
+    inside = pt.TaskVector.between(base=tmp_path / "latest" / "model.safetensors", reference=values(1))
+    assert inside.fingerprint == two.fingerprint
+
+
+def test_many_concurrent_readers(tmp_path: Path) -> None:
+    """Threads may read one vector at once (data loaders, sweeps)."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    tau = pt.TaskVector.between(base=write(tmp_path / "a", values(0), 3), reference=write(tmp_path / "b", values(1)))
+    want = values(1)["embed.weight"] - values(0)["embed.weight"]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: tau.dense("embed.weight"), range(64)))
+    assert all(torch.equal(f, want.flatten()) for f in found)

