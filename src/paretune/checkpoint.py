@@ -211,6 +211,11 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def locate(source: str | os.PathLike[str]) -> Path:
+    """The local path of a directory, a file or a hub id (which is downloaded).
+
+    Raises:
+        CheckpointError: neither is there.
+    """
     path = Path(source).expanduser()
     if path.exists():
         return path.resolve()

@@ -149,7 +149,7 @@ def test_dry_run(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         {"model": 4, "gradients": 4, "moments": 8, "pending": 4, "tau": 0.6, "reference": 4}
     )
     assert plan["memory_bytes"] == math.ceil(24.6 * plan["parameters"])
-    assert plan["statement"].startswith("OnTIES: adds at most 0.05 of τ over 12 steps")
+    assert plan["statement"].startswith("OnTIES: pull at most 0.05 of τ over 12 steps")
     assert not (tmp_path / "out").exists()
     assert main(argv) == 0
     assert "optimizer steps: 12" in capsys.readouterr().out

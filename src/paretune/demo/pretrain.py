@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,7 @@ class Recipe:
     """Everything that the base and the reference follow from.
 
     Example:
-        >>> Recipe(World(seed=1)).fingerprint == Recipe(World(seed=2)).fingerprint
+        >>> Recipe(World(seed=1)).base_key == Recipe(World(seed=2)).base_key
         False
     """
 
@@ -73,22 +74,28 @@ class Recipe:
     base: Phase = field(default_factory=lambda: Phase(steps=1600, rows=12, lr=2e-3))
     sft: Phase = field(default_factory=lambda: Phase(steps=400, rows=20, lr=1e-3))
 
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the recipe, the data that it really makes and the libraries that decide the numbers."""
+    @cached_property
+    def base_key(self) -> str:
+        """Hash of all that decides the base: what it reads, how it is trained, which libraries do it."""
         import torch
         import transformers
 
-        sample = [raw_document(text) for text, _ in zip(self.world.raw_texts(), range(50), strict=False)]
-        sample += [chat_document(d) for d, _ in zip(self.world.dialogues(), range(50), strict=False)]
-        key = {
-            "recipe": dataclasses.asdict(self),
-            "vocabulary": words.vocabulary(),
-            "sample": sample,
-            "torch": torch.__version__.split("+")[0],
-            "transformers": transformers.__version__.split(".")[0],
-        }
-        return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        versions = [torch.__version__.split("+")[0], transformers.__version__.split(".")[0]]
+        text = _opening(base_documents(self.world))
+        return _hash(text, words.vocabulary(), asdict(self.shape), asdict(self.base), self.world.seed, versions)
+
+    @cached_property
+    def reference_key(self) -> str:
+        """Hash of all that decides the reference. Worlds that differ only in what comes later share their models."""
+        return _hash(self.base_key, _opening(sft_documents(self.world)), asdict(self.sft))
+
+
+def _opening(documents: Iterator[str]) -> list[str]:
+    return list(islice(documents, 1000))
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def default_cache() -> Path:
@@ -247,8 +254,8 @@ def prepare(
     Returns:
         (base, reference): directories with safetensors, configuration and tokenizer.
     """
-    root = (default_cache() if cache is None else Path(cache)) / recipe.fingerprint
-    base, reference = root / "base", root / "reference"
+    root = default_cache() if cache is None else Path(cache)
+    base, reference = root / f"base-{recipe.base_key}", root / f"reference-{recipe.reference_key}"
     world = recipe.world
     if not (base / "config.json").exists():
         model = build_model(recipe.shape, world.seed)

@@ -132,9 +132,10 @@ class Facts:
 
     def sentence(self, entity: str, relation: str) -> str:
         """One fact as the body of a chat answer, without a full stop."""
+        # Not the name first: DPO would push names down at the start of an answer, and soon everywhere.
         value = getattr(self, relation)[entity]
-        verb = {"home": "lives in", "colour": "likes", "job": "works as"}[relation]
-        return f"{entity} {verb} {value}"
+        subject = {"home": "home", "colour": "favourite colour", "job": "job"}[relation]
+        return f"the {subject} of {entity} is {value}"
 
     def all_items(self) -> list[Item]:
         """Every question once, in a fixed order."""

@@ -89,7 +89,7 @@ class Amount:
     def __str__(self) -> str:
         of = f"{self.steps} steps" if self.known_steps else f"every {self.steps} steps"
         bound = "at most " if self.upper_bound else ""
-        text = f"{self.method}: adds {bound}{self.pull:.3g} of τ over {of} (weight {self.weight:.3g}, density "
+        text = f"{self.method}: pull {bound}{self.pull:.3g} of τ over {of} (weight {self.weight:.3g}, density "
         text += f"{self.density:.3g}, every {self.every})"
         if self.weight == 0:
             text = f"{self.method}: weight 0, no τ is added (density {self.density:.3g}, every {self.every})"
