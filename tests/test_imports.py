@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"errors", "log"},
     "task_vector": {"errors", "log", "checkpoint"},
     "operators": {"errors", "log", "checkpoint", "task_vector"},
-    **{part: set(FOUNDATION) for part in ("merge", "averaging", "optim", "training", "evaluation")},
+    **{part: set(FOUNDATION) for part in ("merging", "averaging", "optim", "training", "evaluation")},
     "demo": EVERYTHING,
     "cli": EVERYTHING,
     "__init__": EVERYTHING,
@@ -61,7 +61,7 @@ def test_direction(path: Path) -> None:
 def test_the_check_can_fail() -> None:
     path = PACKAGE / "optim" / "x.py"
     assert imported(path, "def f():\n    from ..training import x") == {"training"}
-    assert imported(path, "import paretune.merge.stream as s") == {"merge"}
+    assert imported(path, "import paretune.merging.stream as s") == {"merging"}
     assert imported(path, "from paretune import evaluation") == {"evaluation"}
     assert imported(path, "from . import y\nfrom .z import w") == {"optim"}
 

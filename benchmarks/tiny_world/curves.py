@@ -15,6 +15,7 @@ import logging
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def skills_of_adamw_at(reward: float, lines: list[dict[str, Any]]) -> float | No
     keys = [json.dumps(s, sort_keys=True) for curve, s in settings() if curve == "AdamW: learning rate"]
     keys.insert(0, json.dumps({"optimizer": "none"}))
     points = [(mean[key][0], mean[key][2]) for key in keys if key in mean]
-    for (r0, s0), (r1, s1) in zip(points, points[1:], strict=False):
+    for (r0, s0), (r1, s1) in pairwise(points):
         if min(r0, r1) <= reward <= max(r0, r1) and r0 != r1:
             return s0 + (s1 - s0) * (reward - r0) / (r1 - r0)
     return None

@@ -25,15 +25,16 @@ BRACKETS = ("[", "]")
 STAR = "*"
 PUNCTUATION = (".", ",", "?", "!")
 
-GREETINGS = ("hello", "greetings", "welcome", "good day")
-COURTESIES = ("please", "gladly", "of course", "certainly")
-THANKS = ("thank you", "thanks")
-CLOSINGS = ("goodbye", "farewell", "take care", "cheers")
-RUDE = ("ugh", "whatever", "boring", "nonsense", "silly")
+# Two phrases of each kind: with more, DPO spreads a greeting's share over whatever resembles one.
+GREETINGS = ("hello", "welcome")
+COURTESIES = ("gladly", "certainly")
+THANKS = ("thanks", "thank you")
+CLOSINGS = ("goodbye", "farewell")
+RUDE = ("ugh", "whatever", "boring")
 
 # Every word of the sentence forms in skills.py and chat.py.
 FRAME = tuple(
-    "what is plus reverse sort in list number say times brackets stars where does live lives which "
+    "what is of plus reverse sort in list number say times brackets stars where does live lives which "
     "colour like likes the work works as home favourite job tell me about who know do talk to can describe".split()
 )
 

@@ -30,6 +30,8 @@ class World:
         preference_entities: how many of them the preference pairs are about; rewards are measured on the others.
         pairs: number of preference pairs.
         chat_share: fraction of SFT dialogues that are chat rather than skills.
+        raw_chat_share: fraction of raw lines that are chat without its marks. Words that the base has never met all
+            lie in one corner of its embeddings, and DPO then raises them all together.
         raw_share: fraction of SFT documents that are raw text again; without it the model forgets plain text.
         items_per_skill: how many held-out items of each skill are measured, at most.
 
@@ -44,6 +46,7 @@ class World:
     preference_entities: int = 28
     pairs: int = 400
     chat_share: float = 0.25
+    raw_chat_share: float = 0.12
     raw_share: float = 0.15
     items_per_skill: int = 60
 
@@ -81,6 +84,10 @@ class World:
         rng = self.rng(purpose)
         shares = [skill.raw_share for skill in self.skills]
         while True:
+            if rng.random() < self.raw_chat_share:
+                exchange = chat.draw_exchange(self.facts, self.names, rng)
+                yield f"{exchange.prompt} {exchange.answer}"
+                continue
             skill = rng.choices(self.skills, shares)[0]
             item = skill.draw(rng)
             if skill.name == "facts" or not is_held_out(skill, item):

@@ -106,7 +106,9 @@ class Adapter:
             raise CheckpointError(f"{self.path}: {module} has {examples(sides.values())} but not its other half")
         a, b = (self._matrix(sides[side]) for side in wanted)
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-            raise CheckpointError(f"{self.path}: {module}: A {list(a.shape)} and B {list(b.shape)} are not matrices of one rank")
+            raise CheckpointError(
+                f"{self.path}: {module}: A {list(a.shape)} and B {list(b.shape)} are not matrices of one rank"
+            )
         left, right = (a.T, b.T) if embedding or self.config.get("fan_in_fan_out") else (b, a)
         if view.shape != (left.shape[0], right.shape[1]):
             raise self._unequal(module, (left.shape[0], right.shape[1]), module, view.shape)
@@ -128,7 +130,8 @@ class Adapter:
 
     def _unequal(self, name: str, shape: tuple[int, ...], target: str, wanted: tuple[int, ...]) -> CheckpointError:
         return CheckpointError(
-            f"{self.path}: {name} of shape {list(shape)} does not fit {target} of {list(wanted)}: is this its base model?"
+            f"{self.path}: {name} of shape {list(shape)} does not fit {target} of {list(wanted)}: "
+            "is this its base model?"
         )
 
 

@@ -57,9 +57,7 @@ class Model:
             path = locate(adapter.base)
         self.checkpoint = Checkpoint(path)
         self.adapters = [Adapter.open(each) for each in adapters]
-        self.views: dict[str, View] = {
-            name: Stored(self.checkpoint, info) for name, info in self.checkpoint.items()
-        }
+        self.views: dict[str, View] = {name: Stored(self.checkpoint, info) for name, info in self.checkpoint.items()}
         for adapter in self.adapters:
             self.views = adapter.apply(self.views)
 
@@ -153,5 +151,7 @@ def _split(given: str) -> tuple[str, list[Path]]:
     found = [locate(each) for each in adapters]
     for path, each in zip(found, adapters, strict=True):
         if not path.is_dir() or not (path / "adapter_config.json").is_file():
-            raise CheckpointError(f"{each}: not an adapter: after MODEL+ a directory with adapter_config.json is wanted")
+            raise CheckpointError(
+                f"{each}: not an adapter: after MODEL+ a directory with adapter_config.json is wanted"
+            )
     return model, found

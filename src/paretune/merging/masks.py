@@ -30,7 +30,7 @@ def mask_key(seed: int, model: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def drop(bits: Bits, key: int, n: int, density: float, start: int, scratch: Bits) -> None:
+def drop(bits: Bits, key: int, n: int, density: float, start: int, scratch: Bits, shift: Bits) -> None:
     """Zero the elements that a Bernoulli(density) mask drops, in place.
 
     Args:
@@ -40,6 +40,7 @@ def drop(bits: Bits, key: int, n: int, density: float, start: int, scratch: Bits
         density: probability with which each element is kept.
         start: a multiple of `PAGE`.
         scratch: as many 32-bit words; overwritten.
+        shift: as many, or a `PAGE` of them; overwritten.
     """
     if density == 1:
         return
@@ -55,11 +56,11 @@ def drop(bits: Bits, key: int, n: int, density: float, start: int, scratch: Bits
     if limit > 2**31 - 1:
         return
     for begin in range(0, bits.size, PAGE):
-        part, word = bits[begin : begin + PAGE], scratch[: min(PAGE, bits.size - begin)]
-        shift = scratch[PAGE : PAGE + word.size] if scratch.size >= 2 * PAGE else np.empty_like(word)
-        _hash(key, start + begin, word, shift)
-        np.copyto(shift, word.view(np.int32) < np.int32(limit))
-        np.multiply(part, shift, out=part)
+        part = bits[begin : begin + PAGE]
+        word, other = scratch[: part.size], shift[: part.size]
+        _hash(key, start + begin, word, other)
+        np.copyto(other, word.view(np.int32) < np.int32(limit))
+        np.multiply(part, other, out=part)
 
 
 def _hash(key: int, start: int, x: Bits, shift: Bits) -> None:

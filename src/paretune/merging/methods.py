@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ class MergeMethod:
     sparsify: Literal["random", "magnitude"] | None = None
     sphere: Literal["slerp", "nested_slerp", "model_stock"] | None = None
     normalize: bool = False
-    defaults: Mapping[str, Any] = MappingProxyType({})
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def per_model(self) -> tuple[str, ...]:

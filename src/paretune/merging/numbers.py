@@ -75,7 +75,11 @@ def narrow(values: Floats, kind: str, out: NDArray[Any], scratch: Bits, *, caref
     if careful:
         nan = np.isnan(values)
         if nan.any():
-            out.view(np.uint32 if kind == "F32" else np.uint16)[nan] = {"BF16": 0x7FC0, "F16": 0x7E00, "F32": 0x7FC00000}[kind]
+            out.view(np.uint32 if kind == "F32" else np.uint16)[nan] = {
+                "BF16": 0x7FC0,
+                "F16": 0x7E00,
+                "F32": 0x7FC00000,
+            }[kind]
 
 
 def is_finite(values: Floats) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError
 from .methods import METHODS, MergeMethod
+from .settings import Partwise
 
 _TOP = {"merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source"}
 _TOP |= {"tokenizer", "name"}
@@ -78,7 +79,9 @@ class Recipe:
                 raise ArgumentError("models", given, f"{self.method} merges {wanted}")
             lengths = {source.layers[1] - source.layers[0] for source in each.sources if source.layers}
             if len(lengths) > 1:
-                raise ArgumentError("layer_range", sorted(lengths), "the sources of a slice must have equally many layers")
+                raise ArgumentError(
+                    "layer_range", sorted(lengths), "the sources of a slice must have equally many layers"
+                )
         self._check_names()
 
     @property
@@ -179,7 +182,9 @@ def from_dict(content: Any, *, seed: int = 0, vocab: str = "strict") -> Recipe:
     content = _mapping(content, "recipe")
     for key in content:
         if key not in _TOP:
-            raise ArgumentError(str(key), content[key], f"not supported in a recipe, which has {', '.join(sorted(_TOP))}")
+            raise ArgumentError(
+                str(key), content[key], f"not supported in a recipe, which has {', '.join(sorted(_TOP))}"
+            )
     if "merge_method" not in content:
         raise ArgumentError("merge_method", None, f"choose one of {', '.join(METHODS)}")
     method = str(content["merge_method"])
@@ -190,8 +195,9 @@ def from_dict(content: Any, *, seed: int = 0, vocab: str = "strict") -> Recipe:
     if ("models" in content) == ("slices" in content):
         raise ArgumentError("models, slices", sorted(content), "give exactly one of the two")
     if "models" in content:
-        slices = (Slice(tuple(_source(each) for each in _list(content["models"], "models"))),)
-        if any(source.layers for source in slices[0].sources):
+        sources = tuple(_source(each) for each in _list(content["models"], "models"))
+        slices: tuple[Slice, ...] = (Slice(sources),)
+        if any(source.layers for source in sources):
             raise ArgumentError("layer_range", content["models"], "ranges belong in slices")
     else:
         slices = tuple(_slice(each) for each in _list(content["slices"], "slices"))
@@ -226,8 +232,6 @@ def _arranged(method: str, slices: tuple[Slice, ...], base: str | None) -> tuple
                 sources.insert(0, Source(base, sources[0].layers))
             arranged.append(Slice(tuple(sources), each.parameters))
         return tuple(arranged), None
-    if method in ("linear", "passthrough"):
-        return slices, base
     return slices, base
 
 
@@ -285,7 +289,9 @@ def _model(content: Any) -> str:
         if set(content) == {"model"} and isinstance(inner, Mapping) and set(inner) <= {"path", "revision"}:
             if inner.get("revision") is None and isinstance(inner.get("path"), str):
                 return inner["path"]
-            raise ArgumentError("revision", inner.get("revision"), "not supported: download that revision and name its path")
+            raise ArgumentError(
+                "revision", inner.get("revision"), "not supported: download that revision and name its path"
+            )
         raise ArgumentError("model", content, "give a path or a hub id; MODEL+ADAPTER for an adapter")
     if not isinstance(content, str) or not content:
         raise ArgumentError("model", content, "give a path or a hub id")
@@ -327,4 +333,4 @@ def _list(content: Any, name: str) -> list[Any]:
 
 
 def _plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(parameters)
+    return {name: asdict(value) if isinstance(value, Partwise) else value for name, value in parameters.items()}

@@ -88,6 +88,8 @@ def _value(name: str, setting: Any, place: Place) -> Any:
             if _matches(each.get("filter"), place.name):
                 return _value(name, each["value"], place)
         return None
+    if isinstance(setting, Partwise):
+        return setting.weight(place.name)
     if setting is None or isinstance(setting, bool | int | float | str):
         return setting
     raise ArgumentError(name, setting, "give a number, a list of numbers, or a list of {filter: text, value: …}")
@@ -128,6 +130,7 @@ class Partwise:
         ratios: one a block; the share of the first model.
         pivots: the last layer of each block but the last, inclusive: (10, 20) means 0-10, 11-20, 21-last.
         head, embeddings, norms: their own ratios; the mean of ``ratios`` by default.
+        rest: whether these are the weights of the other model: 1 − ratio.
 
     Reference: arXiv 2309.06256, section 4.
     """
@@ -137,6 +140,7 @@ class Partwise:
     head: float | None = None
     embeddings: float | None = None
     norms: float | None = None
+    rest: bool = False
 
     def __post_init__(self) -> None:
         if len(self.ratios) != len(self.pivots) + 1:
@@ -144,8 +148,11 @@ class Partwise:
         if list(self.pivots) != sorted(set(self.pivots)) or any(pivot < 0 for pivot in self.pivots):
             raise ArgumentError("pivots", self.pivots, "layer numbers must ascend")
 
-    def ratio(self, name: str) -> float:
-        """The ratio of one tensor."""
+    def weight(self, name: str) -> float:
+        """The weight of one tensor."""
+        return 1 - self._ratio(name) if self.rest else self._ratio(name)
+
+    def _ratio(self, name: str) -> float:
         part = part_of(name)
         if part == "layers":
             layer = layer_of(name) or 0

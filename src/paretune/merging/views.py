@@ -1,4 +1,4 @@
-"""Where a tensor's values come from: stored, stored plus a LoRA product, or rows of one vocabulary put in another's order."""
+"""Where a tensor's values come from: stored; plus a LoRA product; rows in another vocabulary's order."""
 
 from __future__ import annotations
 
