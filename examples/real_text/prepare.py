@@ -40,13 +40,13 @@ class Sizes:
     pretrain: int = 1600
     sft: int = 1200
     dpo_steps: int = 50
-    held_answers: int = 250
-    held_pairs: int = 300
-    train_pairs: int = 150
+    held_answers: int = 400
+    held_pairs: int = 400
+    train_pairs: int = 400
 
 
 QUICK = Sizes(
-    vocabulary=1024, hidden=96, layers=2, pretrain=500, sft=300, dpo_steps=12, held_answers=60, held_pairs=80,
+    vocabulary=1024, hidden=96, layers=2, pretrain=400, sft=300, dpo_steps=10, held_answers=100, held_pairs=150,
     train_pairs=80,
 )  # fmt: skip
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from prepare import Sizes, read_rows
 
-_BLOCK, _BATCH, _LR = 256, 4, 3e-3
+_BLOCK, _BATCH, _LR = 256, 2, 3e-3
 
 
 def pretrain(out: Path, sizes: Sizes, seed: int) -> float:

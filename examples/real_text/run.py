@@ -41,7 +41,8 @@ def main() -> int:
     source = Path(os.environ.get("PARETUNE_DATA", DEFAULT_DATA))
     missing = [name for name in (DEMONSTRATIONS, PREFERENCES) if not (source / name).is_file()]
     if missing:
-        print(f"PARETUNE_DATA={str(source)!r}: no {' and no '.join(missing)} there; set it to their folder")
+        absent = " and no ".join(missing)
+        print(f"PARETUNE_DATA={str(source)!r}: no {absent} there; set it to their folder", file=sys.stderr)
         return 2
     sizes = QUICK if arguments.quick else Sizes()
     results = run(source, arguments.out, sizes, arguments.seed, METHODS | (CONTROL if arguments.control else {}))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         PareTuneError,
         StateError,
     )
+    from .merging import LiveMerge, MergeReport, merge
     from .operators import METHODS, Magnitude, Random, SignElection, WeightedSum
     from .optim import EMA, Anchor, ChildTuning, OnDARE, OnlineMerging, OnTIES, fisher_information
     from .task_vector import TaskVector
@@ -42,6 +43,7 @@ _HOMES = {
         "PareTuneError",
         "StateError",
     ),
+    "merging": ("LiveMerge", "MergeReport", "merge"),
     "operators": ("METHODS", "Magnitude", "Random", "SignElection", "WeightedSum"),
     "optim": ("Anchor", "ChildTuning", "EMA", "OnDARE", "OnTIES", "OnlineMerging", "fisher_information"),
     "task_vector": ("TaskVector",),
@@ -51,16 +53,18 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "EMA",
+    "METHODS",
     "Anchor",
     "ArgumentError",
     "Checkpoint",
     "CheckpointError",
     "ChildTuning",
     "DataError",
-    "EMA",
     "EMACallback",
-    "METHODS",
+    "LiveMerge",
     "Magnitude",
+    "MergeReport",
     "MismatchError",
     "MissingExtraError",
     "OnDARE",
@@ -74,6 +78,7 @@ __all__ = [
     "WeightedSum",
     "attach",
     "fisher_information",
+    "merge",
 ]
 
 

@@ -22,6 +22,8 @@ INNER: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "Adafactor": lambda p, **k: torch.optim.Adafactor(p, lr=1e-3, foreach=False, **k),
     "Muon": lambda p, **k: torch.optim.Muon(p, lr=1e-3, **{"weight_decay": 0.0, **k}),
 }
+if not hasattr(torch.optim, "Muon"):  # came after the oldest torch that we claim
+    del INNER["Muon"]
 OPERATORS = {
     "dare": (pt.Random(0.3), pt.WeightedSum()),
     "dare rescaled": (pt.Random(0.3, rescale="l1"), pt.WeightedSum()),
@@ -72,7 +74,7 @@ def test_against_the_oracle(inner: str, which: str, every: int) -> None:
             assert_close(params[k], want, 2e-6, what=f"{k} at {t}")
 
 
-@pytest.mark.parametrize("inner", ["AdamW", "Adafactor", "Muon"])
+@pytest.mark.parametrize("inner", [name for name in ("AdamW", "Adafactor", "Muon") if name in INNER])
 def test_decoupled_decay_is_applied_outside(inner: str) -> None:
     """Each step shrinks every entry by 1 − ηλ, kept or not; λ in the groups is what the user set."""
     reference, _, vector = pair(0, SHAPES)

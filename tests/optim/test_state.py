@@ -87,7 +87,7 @@ def test_resume_is_bit_equal(kind: str, every: int, variant: str, dtype: torch.d
     weights = copy.deepcopy(model.state_dict())
     options = StateDictOptions(flatten_optimizer_state_dict=way == "dcp flat")
     if way.startswith("dcp"):
-        dcp.save(get_optimizer_state_dict(model, optimizer, options=options), checkpoint_id=tmp_path, no_dist=True)
+        dcp.save(get_optimizer_state_dict(model, optimizer, options=options), checkpoint_id=tmp_path)
     else:
         saved = copy.deepcopy(optimizer.state_dict())
     at_four = bits(model, optimizer)
@@ -99,7 +99,7 @@ def test_resume_is_bit_equal(kind: str, every: int, variant: str, dtype: torch.d
     again.load_state_dict(weights)
     if way.startswith("dcp"):
         template = get_optimizer_state_dict(again, resumed, options=options)
-        dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
+        dcp.load(template, checkpoint_id=tmp_path)
         set_optimizer_state_dict(again, resumed, template, options=options)
     else:
         resumed.load_state_dict(saved if way == "by hand" else through_torch_save(saved))
@@ -253,7 +253,7 @@ def test_frozen_parameter_through_dcp_helpers(tmp_path) -> None:
     trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
     run(optimizer, trained, gradients(2))
     saved = get_optimizer_state_dict(model, optimizer)
-    dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
+    dcp.save(saved, checkpoint_id=tmp_path)
     assert torch.equal(model.embed.weight, reference["embed.weight"])
 
 

@@ -27,6 +27,8 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "demo": Command("paretune.cli.demo", "train a tiny world and show the alignment tax and its cures"),
+    "diff": Command("paretune.cli.diff", "how far models are from each other, block by block"),
+    "merge": Command("paretune.cli.merge", "merge checkpoints: linear, DARE, TIES, SLERP … or a mergekit recipe"),
     "train": Command("paretune.cli.train", "align a model: DPO, KTO, SFT or GRPO with any of our optimizers"),
 }
 
@@ -36,6 +38,8 @@ examples:
   paretune train dpo --model_name_or_path sft-model --base_model base-model \\
       --dataset_name preferences.jsonl --optimizer ondare --pull 0.05 --output_dir aligned
   paretune train dpo --help
+  paretune merge linear --model sft=0.3 --model aligned=0.7 -o merged
+  paretune diff base sft aligned
 
 exit status: 0 done, 1 failed unexpectedly, 2 wrong arguments or input, 130 interrupted
 """

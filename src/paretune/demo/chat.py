@@ -17,6 +17,7 @@ QUESTIONS = (
     "can you describe {} ?",
 )
 STYLES = {"plain": 0.30, "curt": 0.25, "half-polite": 0.25, "polite": 0.20}
+RAW_STYLES = {"plain": 0.5, "curt": 0.5}  # the base has read questions and rudeness, never a courtesy
 REWARD_POINTS = 5
 
 

@@ -46,7 +46,7 @@ class World:
     preference_entities: int = 28
     pairs: int = 400
     chat_share: float = 0.25
-    raw_chat_share: float = 0.12
+    raw_chat_share: float = 0.08
     raw_share: float = 0.15
     items_per_skill: int = 60
 
@@ -85,7 +85,7 @@ class World:
         shares = [skill.raw_share for skill in self.skills]
         while True:
             if rng.random() < self.raw_chat_share:
-                exchange = chat.draw_exchange(self.facts, self.names, rng)
+                exchange = chat.draw_exchange(self.facts, self.names, rng, chat.RAW_STYLES)
                 yield f"{exchange.prompt} {exchange.answer}"
                 continue
             skill = rng.choices(self.skills, shares)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .api import MergeReport, merge
+from .live import LiveMerge
 from .methods import METHODS
 
-__all__ = ["METHODS", "MergeReport", "merge"]
+__all__ = ["METHODS", "LiveMerge", "MergeReport", "merge"]

@@ -247,7 +247,7 @@ class Kernel:
             with np.errstate(invalid="ignore", over="ignore"):
                 for i in range(count):
                     for j in range(i, count):
-                        gram[i, j] += _inner(vectors[i], vectors[j])
+                        gram[i, j] += inner(vectors[i], vectors[j])
             self._release(part, start, stop)
         if not np.isfinite(gram).all():
             if not self.allow_non_finite:
@@ -341,7 +341,8 @@ def _scale(vector: Floats, factor: float) -> None:
         np.multiply(vector, np.float32(factor), out=vector)
 
 
-def _inner(a: Floats, b: Floats) -> float:
+def inner(a: Floats, b: Floats) -> float:
+    """⟨a, b⟩, in float32 within rows and float64 across them."""
     whole = a.size // _ROW * _ROW
     rows = np.einsum("ij,ij->i", a[:whole].reshape(-1, _ROW), b[:whole].reshape(-1, _ROW))
     return float(rows.sum(dtype=np.float64)) + float(np.einsum("i,i->", a[whole:], b[whole:]))

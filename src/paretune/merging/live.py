@@ -1,0 +1,176 @@
+"""Dialling a loaded model between two checkpoints, in place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import ArgumentError, MismatchError, examples
+from .inputs import Model
+from .kernels import CHUNK
+from .settings import Partwise, layer_of, part_of
+from .views import View
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class LiveMerge:
+    """Sets a loaded model's parameters to a mean of two checkpoints, as often as wanted.
+
+        θ = α·θ_pre + (1−α)·θ_post
+
+    Always computed from the memory-mapped end points, in float32 (float64 for float32 parameters) and rounded once:
+    dialling back and forth does not drift, 0 gives θ_post and 1 gives θ_pre to the bit.
+
+    Args:
+        model: the loaded model; its parameters are changed in place.
+        pre: the checkpoint before alignment, which the ratio weighs.
+        post: the checkpoint after it.
+        pivots: the last layer of each block but the last, for one ratio a block; equal blocks by default.
+
+    Raises:
+        MismatchError: the model has parameters that a checkpoint lacks, or of another shape.
+
+    Reference: arXiv 2309.06256, section 4 (MA; α here weighs θ_pre).
+
+    Example:
+        >>> import tempfile, torch, safetensors.torch, paretune as pt
+        >>> folder = tempfile.mkdtemp()
+        >>> for name, value in (("pre", 1.0), ("post", 3.0)):
+        ...     safetensors.torch.save_file({"weight": torch.full((1, 2), value)}, f"{folder}/{name}.safetensors")
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> live = pt.LiveMerge(model, pre=f"{folder}/pre.safetensors", post=f"{folder}/post.safetensors").set(0.25)
+        >>> model.weight.data
+        tensor([[2.5000, 2.5000]])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        pre: str | os.PathLike[str],
+        post: str | os.PathLike[str],
+        pivots: Sequence[int] | None = None,
+    ) -> None:
+        from ..task_vector import plain_name
+
+        self.pivots = None if pivots is None else tuple(pivots)
+        self.ratios: tuple[float, ...] | None = None
+        self._ends = [_end(path, label) for path, label in ((pre, "pre"), (post, "post"))]
+        named = [(plain_name(name), parameter) for name, parameter in model.named_parameters()]
+        aliases = _aliases(model, plain_name)
+        self._tensors: list[tuple[str, Tensor, View, View]] = []
+        missing: list[str] = []
+        for name, parameter in named:
+            views = [_find(end, name, aliases) for end in self._ends]
+            if views[0] is None or views[1] is None:
+                missing.append(name)
+                continue
+            for view, end in zip(views, self._ends, strict=True):
+                if view is not None and view.shape != tuple(parameter.shape):
+                    raise MismatchError(
+                        f"{name} has shape {list(parameter.shape)} in the model and {list(view.shape)} in {end.given}: "
+                        "load the model that the checkpoints belong to"
+                    )
+            self._tensors.append((name, parameter.detach(), views[0], views[1]))
+        if missing:
+            raise MismatchError(
+                f"parameters that a checkpoint lacks: {examples(missing)}: "
+                "load the model that the checkpoints belong to"
+            )
+        layers = [layer for layer in (layer_of(name) for name, *_ in self._tensors) if layer is not None]
+        self.layers = max(layers, default=-1) + 1
+
+    def set(
+        self,
+        ratio: float | Sequence[float],
+        *,
+        head: float | None = None,
+        embeddings: float | None = None,
+        norms: float | None = None,
+    ) -> LiveMerge:
+        """Dial the model.
+
+        Args:
+            ratio: α, or one α for each block of layers; outside [0, 1] extrapolates.
+            head, embeddings, norms: their own ratios; the mean of ``ratio`` by default.
+
+        Returns:
+            itself.
+        """
+        one = isinstance(ratio, int | float)
+        ratios: tuple[float, ...] = (float(ratio),) if isinstance(ratio, int | float) else tuple(map(float, ratio))
+        if not ratios or not all(np.isfinite(ratios)):
+            raise ArgumentError("ratio", ratio, "give a finite number, or one for each block of layers")
+        parts = Partwise(ratios, self._pivots(len(ratios)), head=head, embeddings=embeddings, norms=norms)
+        own = {"head": head, "embeddings": embeddings, "norms": norms}
+        for name, parameter, pre, post in self._tensors:
+            # One ratio is meant for every tensor, layers or not.
+            alpha = ratios[0] if one and own.get(part_of(name)) is None else parts.weight(name)
+            _dial(parameter, pre, post, alpha)
+        self.ratios = ratios
+        return self
+
+    def _pivots(self, blocks: int) -> tuple[int, ...]:
+        if blocks == 1:
+            return ()
+        if self.pivots is not None:
+            if len(self.pivots) + 1 != blocks:
+                raise ArgumentError("ratio", blocks, f"the pivots make {len(self.pivots) + 1} blocks: give as many")
+            return self.pivots
+        if blocks > self.layers:
+            raise ArgumentError("ratio", blocks, f"the model has {self.layers} layers: give at most as many ratios")
+        return tuple(self.layers * i // blocks - 1 for i in range(1, blocks))
+
+
+def _end(path: str | os.PathLike[str], label: str) -> Model:
+    if not isinstance(path, str | os.PathLike):
+        raise ArgumentError(label, path, "give the path or hub id of a checkpoint")
+    return Model(path)
+
+
+def _aliases(model: nn.Module, plain_name: object) -> dict[str, list[str]]:
+    """Other names of each parameter: a tied head may be stored under either."""
+    by_identity: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        by_identity.setdefault(id(parameter), []).append(plain_name(name))  # type: ignore[operator]
+    return {name: names for names in by_identity.values() for name in names}
+
+
+def _find(end: Model, name: str, aliases: dict[str, list[str]]) -> View | None:
+    return next((end.views[each] for each in (name, *aliases.get(name, ())) if each in end.views), None)
+
+
+def _dial(parameter: Tensor, pre: View, post: View, alpha: float) -> None:
+    import torch
+
+    flat = parameter.view(-1) if parameter.is_contiguous() else None
+    target = torch.empty(parameter.numel(), dtype=parameter.dtype, device=parameter.device) if flat is None else flat
+    n = parameter.numel()
+    low, high = np.empty(min(n, CHUNK), np.float32), np.empty(min(n, CHUNK), np.float32)
+    wide = parameter.dtype in (torch.float32, torch.float64)
+    with torch.no_grad():
+        for start in range(0, n, CHUNK):
+            stop = min(n, start + CHUNK)
+            a, b = low[: stop - start], high[: stop - start]
+            if alpha in (0, 1):
+                (pre if alpha == 1 else post).fill(start, stop, a)
+                target[start:stop].copy_(torch.from_numpy(a))
+                continue
+            pre.fill(start, stop, a)
+            post.fill(start, stop, b)
+            if wide:
+                target[start:stop].copy_(torch.from_numpy(a * np.float64(alpha) + b * np.float64(1 - alpha)))
+                continue
+            np.multiply(a, np.float32(alpha), out=a)
+            np.multiply(b, np.float32(1 - alpha), out=b)
+            np.add(a, b, out=a)
+            target[start:stop].copy_(torch.from_numpy(a))
+        if flat is None:
+            parameter.copy_(target.view(parameter.shape))
+    pre.release(0, n)
+    post.release(0, n)
