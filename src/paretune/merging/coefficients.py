@@ -66,7 +66,7 @@ def nested_slerp(gram: Gram, weights: Sequence[float]) -> NDArray[np.float64]:
 def model_stock(gram: Gram) -> NDArray[np.float64]:
     """Coefficients of the task vectors in Model Stock.
 
-        c = t/N each,  t = N·cos θ / (1 + (N−1)·cos θ),  cos θ the mean over pairs, not below 0
+        c = t/N each,  t = N·cos θ / (1 + (N−1)·cos θ),  cos θ the mean over pairs
 
     Args:
         gram: inner products of N ≥ 2 task vectors.
@@ -77,6 +77,7 @@ def model_stock(gram: Gram) -> NDArray[np.float64]:
     norms = np.sqrt(np.maximum(np.diag(gram), 0))
     scale = np.outer(norms, norms)
     cosines = np.divide(gram, scale, out=np.zeros_like(gram), where=scale > 0)
-    cosine = max(0.0, float(cosines[np.triu_indices(n, 1)].mean()))
-    t = n * cosine / (1 + (n - 1) * cosine)
+    cosine = float(cosines[np.triu_indices(n, 1)].mean())
+    divisor = 1 + (n - 1) * cosine
+    t = n * cosine / divisor if divisor > 1e-6 else 0.0
     return np.full(n, t / n)

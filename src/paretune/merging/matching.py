@@ -115,7 +115,7 @@ def _match_slices(
         types += _layer_types(models[wanted[0]], ranges[0])
         total += length
         if number == last:
-            matched += [(each, Place(name, 1.0), wanted, [name] * len(wanted)) for name in outer if not is_first(name)]
+            matched += [(each, Place(name, 0.0), wanted, [name] * len(wanted)) for name in outer if not is_first(name)]
     _check_slices(recipe, matched, views, ranges_of(recipe), found)
     for each, place, wanted, theirs in matched:
         if all(name in views[model] for model, name in zip(wanted, theirs, strict=True)):
@@ -254,7 +254,7 @@ def _same_values(a: View, b: View) -> bool:
 
 
 def _depths(names: Sequence[str]) -> dict[str, float]:
-    """Every tensor's depth: by its layer within its own stack; 0 before the layers and 1 behind them."""
+    """Every tensor's depth: by its layer within its own stack; 0 outside the layers."""
     last: dict[str | None, int] = {}
     for name in names:
         layer = layer_of(name)
@@ -264,7 +264,7 @@ def _depths(names: Sequence[str]) -> dict[str, float]:
     for name in names:
         layer = layer_of(name)
         if layer is None:
-            found[name] = 0.0 if is_first(name) else 1.0
+            found[name] = 0.0  # as mergekit has it, for what follows the layers too
         else:
             found[name] = layer / max(1, last[stack_of(name)])
     return found

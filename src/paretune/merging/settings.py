@@ -19,7 +19,7 @@ class Place:
 
     Args:
         name: of the tensor.
-        depth: 0 for the first layer and all before it, 1 for the last and all after it.
+        depth: 0 for the first layer and all outside the layers, 1 for the last.
         layer: the layer's number; None outside the layers.
     """
 

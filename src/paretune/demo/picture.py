@@ -1,0 +1,160 @@
+"""The demo's pictures: frontier.png, and a report.html that needs nothing else."""
+
+from __future__ import annotations
+
+import html
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paretune.demo.results import label
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe-Ito: told apart by colour-blind readers; shapes differ as well.
+_LOOKS = {
+    "control": ("#555555", "s"),
+    "regularisation": ("#E69F00", "^"),
+    "online": ("#0072B2", "o"),
+    "offline": ("#009E73", "D"),
+    "joint": ("#CC79A7", "P"),
+    "adaptive": ("#D55E00", "v"),
+}
+
+
+def write_pictures(results: dict[str, Any], out: Path) -> None:
+    """frontier.png and report.html in ``out``."""
+    from paretune.demo.run import write_text
+
+    figure = draw(results)
+    figure.savefig(out / "frontier.png", dpi=130)
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg")
+    svg = stream.getvalue()
+    write_text(out / "report.html", page(results, svg[svg.index("<svg") :]))
+
+
+def draw(results: dict[str, Any]) -> Figure:
+    """Reward on x, capability on y, in points of 100; AdamW's curve as a line, intervals as thin crosses."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axis = figure.add_subplot()
+    reference = results["reference"]
+    adamw = sorted((p for p in results["points"] if p["method"] == "AdamW"), key=lambda p: p["hyperparameters"]["lr"])
+    line = [reference, *adamw]
+    axis.plot(
+        [100 * p["reward"] for p in line], [100 * p["capability"] for p in line], color="#555555", lw=1.2, zorder=2
+    )
+    front = set(results["pareto"])
+    for family, (colour, marker) in _LOOKS.items():
+        members = [p for p in results["points"] if p["family"] == family]
+        for point in members:
+            _cross(axis, point, colour, marker, strong=label(point) in front)
+        if members:
+            axis.scatter(
+                [],
+                [],
+                color=colour,
+                marker=marker,
+                s=40,
+                label=f"{family}" + (" (line: AdamW over learning rates)" if family == "control" else ""),
+            )
+    axis.scatter(
+        [100 * reference["reward"]],
+        [100 * reference["capability"]],
+        marker="*",
+        s=220,
+        color="black",
+        zorder=5,
+        label="reference (SFT)",
+    )
+    _annotate(axis, results)
+    axis.set_xlabel("sampled reward (points of 100)")
+    axis.set_ylabel("capability: skills solved (points of 100)")
+    seeds = results["seeds"]
+    axis.set_title(
+        f"Reward against capability on the tiny world, {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}",
+        fontsize=11,
+    )
+    axis.grid(alpha=0.25, lw=0.5)
+    axis.legend(loc="lower left", fontsize=8, framealpha=0.9)
+    return figure
+
+
+def _cross(axis: Axes, point: dict[str, Any], colour: str, marker: str, strong: bool) -> None:
+    x, y = 100 * point["reward"], 100 * point["capability"]
+    (xl, xh), (yl, yh) = point["reward_ci"], point["capability_ci"]
+    axis.plot([100 * xl, 100 * xh], [y, y], color=colour, lw=0.5, alpha=0.45, zorder=1)
+    axis.plot([x, x], [100 * yl, 100 * yh], color=colour, lw=0.5, alpha=0.45, zorder=1)
+    axis.scatter([x], [y], color=colour, marker=marker, s=42, alpha=1.0 if strong else 0.5, zorder=4 if strong else 3,
+                 edgecolors="black" if strong else "none", linewidths=0.7)  # fmt: skip
+
+
+def _annotate(axis: Axes, results: dict[str, Any]) -> None:
+    """One label a method, at its point of highest reward, pushed apart downwards where labels would overlap."""
+    last: dict[str, dict[str, Any]] = {}
+    for point in results["points"]:
+        if point["method"] not in last or point["reward"] > last[point["method"]]["reward"]:
+            last[point["method"]] = point
+    placed: list[tuple[float, float]] = []
+    low, high = axis.get_ylim()
+    width = axis.get_xlim()[1] - axis.get_xlim()[0]
+    for point in sorted(last.values(), key=lambda p: -p["capability"]):
+        x, y = 100 * point["reward"], 100 * point["capability"]
+        at = y
+        while any(abs(at - py) < (high - low) * 0.03 and abs(x - px) < width * 0.17 for px, py in placed):
+            at -= (high - low) * 0.01
+        placed.append((x, at))
+        colour = _LOOKS[point["family"]][0]
+        axis.annotate(point["method"], (x, y), xytext=(x + width * 0.012, at), fontsize=7.5, color=colour, va="center")
+
+
+def page(results: dict[str, Any], svg: str) -> str:
+    """A self-contained HTML page: verdict, picture, table, how it was measured."""
+    reference = results["reference"]
+    categories = sorted(reference["capability_by_category"])
+    head = "".join(
+        f"<th>{html.escape(name)}</th>"
+        for name in ("method", "family", "reward", "capability", "tax", *categories, "seconds")
+    )
+    body = "".join(_line(point, categories) for point in (results["base"], reference, *results["points"]))
+    verdict = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in results["verdict"])
+    area = results["hypervolume"]
+    seeds = ", ".join(map(str, results["seeds"]))
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>paretune demo</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }}
+.picture {{ background: white; border-radius: 6px; padding: .5rem; }} .picture svg {{ width: 100%; height: auto; }}
+.wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; font-size: 13px; }}
+th, td {{ padding: .25rem .6rem; border-bottom: 1px solid #8886; text-align: right; white-space: nowrap; }}
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) {{ text-align: left; }}
+</style></head><body>
+<h1>The alignment tax on the tiny world</h1>
+<ul>{verdict}</ul>
+<div class="picture">{svg}</div>
+<p>Outlined points are on the Pareto front. Hypervolume against {tuple(area["reference_point"])}: all methods
+{area["all"]:.4f}, AdamW's curve alone {area["adamw"]:.4f}.</p>
+<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
+<p>Points of 100 with 95% bootstrap intervals (paired over items; over seeds too where there are several). Reward: answers
+sampled at temperature 1 about entities that no preference pair mentions. Capability: greedy answers to held-out
+exercises, mean over categories. Tax: the reference's capability minus the model's. Seeds {seeds}.</p>
+</body></html>
+"""
+
+
+def _line(point: dict[str, Any], categories: list[str]) -> str:
+    cells = [html.escape(label(point)), html.escape(point["family"])]
+    cells += [_with_interval(point[key], point[f"{key}_ci"]) for key in ("reward", "capability", "tax")]
+    cells += [f"{100 * point['capability_by_category'][name]:.1f}" for name in categories]
+    cells.append(f"{point['seconds']:.1f}")
+    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def _with_interval(value: float, bounds: list[float]) -> str:
+    return f"{100 * value:.1f} <small>[{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]</small>"

@@ -1,0 +1,134 @@
+"""The demo's records of all seeds, made into results.json: points with intervals, the front, and a plain verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from paretune.demo.scores import Scores, above_curve, as_point, interval, score
+from paretune.evaluation.frontier import hypervolume, pareto_set
+
+REFERENCE_POINT = (0.0, 0.0)
+
+
+def summarize(records: Sequence[Sequence[Sequence[dict[str, Any]]]], seeds: Sequence[int]) -> dict[str, Any]:
+    """The content of results.json.
+
+    Args:
+        records: [seed][row][point], as the run wrote them.
+        seeds: their seeds.
+    """
+    flat = [[point for row in seed for point in row] for seed in records]
+    scores = score(
+        [[p["rewards"] for p in seed] for seed in flat],
+        [[p["solved"] for p in seed] for seed in flat],
+        [seed[0]["categories"] for seed in flat],
+    )
+    names = [point["method"] for point in flat[0]]
+    reference, base = names.index("reference (SFT)"), names.index("base")
+    points = [as_point(scores, i, reference, _about(flat, i)) for i in range(len(names))]
+    curve = _adamw_curve(points, reference)
+    for i, point in enumerate(points):
+        if i not in (base, *curve):
+            compared = above_curve(scores, i, curve)
+            point["capability_above_adamw"] = None if compared is None else compared[0]
+            point["capability_above_adamw_ci"] = None if compared is None else compared[1]
+    own = [i for i in range(len(points)) if i not in (reference, base)]
+    area = [(points[i]["reward"], points[i]["capability"]) for i in (reference, *own)]
+    control = [(points[i]["reward"], points[i]["capability"]) for i in curve]
+    front = [(reference, *own)[i] for i in pareto_set(area)]
+    return {
+        "seed": seeds[0],
+        "seeds": list(seeds),
+        "points": [points[i] for i in own],
+        "reference": points[reference],
+        "base": points[base],
+        "pareto": [label(points[i]) for i in front],
+        "hypervolume": {
+            "reference_point": list(REFERENCE_POINT),
+            "all": hypervolume(area, REFERENCE_POINT),
+            "adamw": hypervolume(control, REFERENCE_POINT),
+        },
+        "verdict": verdict(points, reference, curve, scores),
+    }
+
+
+def label(point: dict[str, Any]) -> str:
+    """A point's method with its hyper-parameters, for tables and pictures."""
+    shown = ", ".join(
+        f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in point["hyperparameters"].items()
+    )
+    return f"{point['method']} ({shown})" if shown else str(point["method"])
+
+
+def verdict(points: list[dict[str, Any]], reference: int, curve: Sequence[int], scores: Scores) -> list[str]:
+    """What the intervals allow to be said, a sentence each."""
+    sentences = []
+    peak = max(curve, key=lambda i: points[i]["reward"])
+    gain = points[peak]["reward"] - points[reference]["reward"]
+    gain_ci = interval(scores.reward_draws[peak] - scores.reward_draws[reference])
+    sentences.append(
+        f"{label(points[peak])} gains {_points(gain)} {_range(gain_ci)} points of sampled reward and pays a tax of "
+        f"{_points(points[peak]['tax'])} {_range(points[peak]['tax_ci'])} points of capability."
+    )
+    groups: dict[str, list[str]] = {"above": [], "within noise of": [], "below": []}
+    beyond = []
+    for point in points:
+        if point["family"] == "control" or "capability_above_adamw" not in point:
+            continue
+        bounds = point["capability_above_adamw_ci"]
+        if bounds is None:
+            beyond.append(label(point))
+        elif bounds[0] > 0:
+            groups["above"].append(f"{label(point)} by {_points(point['capability_above_adamw'])} {_range(bounds)}")
+        else:
+            groups["below" if bounds[1] < 0 else "within noise of"].append(label(point))
+    for place, members in groups.items():
+        said = "; ".join(members) if members else "none"
+        sentences.append(f"At equal reward {place} AdamW's curve over learning rates: {said}.")
+    if beyond:
+        sentences.append(f"Of higher reward than AdamW reaches at any learning rate: {'; '.join(beyond)}.")
+    sentences += _ablation(points, scores)
+    return sentences
+
+
+def _ablation(points: list[dict[str, Any]], scores: Scores) -> list[str]:
+    """OnDARE against itself with weight 0, at the same density."""
+    ablated = [i for i, p in enumerate(points) if p["method"] == "OnDARE, weight 0"]
+    merged = [
+        i
+        for i, p in enumerate(points)
+        if p["method"] == "OnDARE" and set(p["hyperparameters"]) == {"density", "weight"}
+    ]
+    sentences = []
+    for i, j in zip(ablated, merged, strict=False):
+        reward = interval(scores.reward_draws[j] - scores.reward_draws[i])
+        capability = interval(scores.capability_draws[j] - scores.capability_draws[i])
+        differs = [
+            name for name, (low, high) in (("reward", reward), ("capability", capability)) if low > 0 or high < 0
+        ]
+        sentences.append(
+            f"What τ adds to OnDARE (weight {points[j]['hyperparameters']['weight']:g} against 0): reward {_range(reward)}, "
+            f"capability {_range(capability)} points: {'a difference in ' + ' and '.join(differs) if differs else 'within noise'}."
+        )
+    return sentences
+
+
+def _adamw_curve(points: list[dict[str, Any]], reference: int) -> list[int]:
+    runs = [i for i, point in enumerate(points) if point["method"] == "AdamW"]
+    return [reference, *sorted(runs, key=lambda i: points[i]["hyperparameters"]["lr"])]
+
+
+def _about(flat: Sequence[Sequence[dict[str, Any]]], i: int) -> dict[str, Any]:
+    point = flat[0][i]
+    seconds = sum(seed[i]["seconds"] for seed in flat) / len(flat)
+    kept = {k: point[k] for k in ("method", "family", "hyperparameters")}
+    return {**kept, "seconds": round(seconds, 2)}
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _range(bounds: Sequence[float]) -> str:
+    return f"[{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]"

@@ -1,0 +1,1 @@
+"""Measurements: what makes a front."""
