@@ -33,7 +33,7 @@ Setting = dict[str, Any]
 
 def settings() -> Iterator[tuple[str, Setting]]:
     """(curve, setting) of every run. ``density`` without ``rescale`` makes AdamW at density·lr the control."""
-    for factor in (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0):
+    for factor in (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0):
         yield "AdamW: learning rate", {"optimizer": "adamw", "lr": factor * LR}
     for density in (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0):
         yield "OnDARE: density", {"optimizer": "ondare", "density": density, "pull": 0.02}

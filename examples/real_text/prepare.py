@@ -37,12 +37,12 @@ class Sizes:
     vocabulary: int = 2048
     hidden: int = 192
     layers: int = 4
-    pretrain: int = 1600
-    sft: int = 1200
-    dpo_steps: int = 50
-    held_answers: int = 400
-    held_pairs: int = 400
-    train_pairs: int = 400
+    pretrain: int = 1400
+    sft: int = 900
+    dpo_steps: int = 40
+    held_answers: int = 300
+    held_pairs: int = 300
+    train_pairs: int = 150
 
 
 QUICK = Sizes(
@@ -72,8 +72,11 @@ def prepare(source: Path, out: Path, sizes: Sizes, seed: int) -> None:
     demonstrations = [row for row in read_rows(source / DEMONSTRATIONS) if _length(row, "completion") <= _LONGEST]
     pairs = [row for row in read_rows(source / PREFERENCES) if max(_length(row, k) for k in _SIDES) <= _LONGEST]
     rng.shuffle(demonstrations)
-    cuts = [0, sizes.pretrain, sizes.pretrain + sizes.sft, sizes.pretrain + sizes.sft + sizes.held_answers]
-    raw, tuning, held = (demonstrations[start:end] for start, end in itertools.pairwise(cuts))
+    counts = (sizes.held_answers, sizes.pretrain, sizes.sft)
+    if sum(counts) > len(demonstrations):
+        raise SystemExit(f"{DEMONSTRATIONS}: {len(demonstrations)} short rows, {sum(counts)} are needed")
+    cuts = [0, *itertools.accumulate(counts)]
+    held, raw, tuning = (demonstrations[start:end] for start, end in itertools.pairwise(cuts))
     questions = sorted({row["prompt"] for row in pairs})
     rng.shuffle(questions)
     held_questions = set(questions[: len(questions) // 3])

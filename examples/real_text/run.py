@@ -27,15 +27,19 @@ METHODS: dict[str, list[str]] = {
     "dpo-ondare": ["--optimizer", "ondare", "--density", "0.5", "--pull", "0.1"],
     "dpo-onties": ["--optimizer", "onties", "--density", "0.2", "--pull", "0.1"],
 }
-# Nothing merged and nothing dropped: this must be AdamW's model, bit for bit.
-CONTROL = {"dpo-control": ["--optimizer", "ondare", "--density", "1", "--weight", "0"]}
+CONTROLS: dict[str, list[str]] = {
+    # Nothing merged and nothing dropped: this must be AdamW's model.
+    "dpo-control": ["--optimizer", "ondare", "--density", "1", "--weight", "0"],
+    # A mask of density 0.5 makes OnDARE's update on average that of half the learning rate.
+    "dpo-adamw-half": ["--optimizer", "adamw", "--learning_rate", "1.5e-4"],
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/real_text"), help="directory of the run")
     parser.add_argument("--quick", action="store_true", help="everything much smaller, about a minute")
-    parser.add_argument("--control", action="store_true", help="also OnDARE with weight 0 and density 1")
+    parser.add_argument("--controls", action="store_true", help="also OnDARE that merges nothing, and AdamW at half lr")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     source = Path(os.environ.get("PARETUNE_DATA", DEFAULT_DATA))
@@ -45,7 +49,7 @@ def main() -> int:
         print(f"PARETUNE_DATA={str(source)!r}: no {absent} there; set it to their folder", file=sys.stderr)
         return 2
     sizes = QUICK if arguments.quick else Sizes()
-    results = run(source, arguments.out, sizes, arguments.seed, METHODS | (CONTROL if arguments.control else {}))
+    results = run(source, arguments.out, sizes, arguments.seed, METHODS | (CONTROLS if arguments.controls else {}))
     print("\n" + table(results) + f"\n\nwritten: {arguments.out / 'results.json'}")
     return 0
 

@@ -1,4 +1,4 @@
-"""A base model of 30 thousand parameters and data for every trainer, as files: what the pages docs/train-*.md run on.
+"""A base model of 22 thousand parameters and data for every trainer, as files: what the pages docs/train-*.md run on.
 
     python examples/tiny/make.py runs/tiny
 

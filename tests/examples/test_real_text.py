@@ -34,7 +34,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not (DATA / "gsm8k_preferences.jsonl.gz").is_file():
         pytest.skip(f"no data set in {DATA}: set PARETUNE_DATA to the folder with gsm8k_*.jsonl.gz")
     directory = tmp_path_factory.mktemp("real_text")
-    done = start("--quick", "--control", "--out", directory, data=DATA)
+    done = start("--quick", "--controls", "--out", directory, data=DATA)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "| dpo-control |" in done.stdout
     return directory

@@ -46,7 +46,9 @@ def write(directory: Path, values: Mapping[str, Tensor], shards: int = 1, config
     directory.mkdir(parents=True, exist_ok=True)
     names = list(values)
     if shards == 1:
-        save_file({n: values[n].contiguous() for n in names}, directory / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            {n: values[n].contiguous() for n in names}, directory / "model.safetensors", metadata={"format": "pt"}
+        )
     else:
         weight_map = {}
         for i in range(shards):
@@ -59,7 +61,9 @@ def write(directory: Path, values: Mapping[str, Tensor], shards: int = 1, config
     return str(directory)
 
 
-def family(root: Path, count: int, dtype: torch.dtype = torch.bfloat16, shapes: Mapping[str, Any] = SHAPES) -> list[str]:
+def family(
+    root: Path, count: int, dtype: torch.dtype = torch.bfloat16, shapes: Mapping[str, Any] = SHAPES
+) -> list[str]:
     """A base and ``count`` models tuned from it."""
     return [write(root / f"m{seed}", tensors(seed, dtype, shapes)) for seed in range(count + 1)]
 

@@ -105,7 +105,9 @@ def test_election_of_two_is_the_consensus_operator(
         exact[n] = (w[n] + pt.SignElection()(first, second, alpha)).to(dtype)
     found = read(tmp_path / "out")
     for n in w:
-        torch.testing.assert_close(found[n].float(), exact[n].float(), rtol=2**-8 if dtype != torch.float32 else 1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            found[n].float(), exact[n].float(), rtol=2**-8 if dtype != torch.float32 else 1e-6, atol=1e-7
+        )
         # A dropped entry leaves the base as it is: the choice of entries is exactly the operators'.
         assert torch.equal(found[n] == w[n], exact[n] == w[n])
 
@@ -153,7 +155,10 @@ def test_slerp(dtype: torch.dtype, tmp_path: Path) -> None:
     pt.merge("slerp", [a, b], out=tmp_path / "t", t=0.3)
     x, y = models(1, dtype)
     close(read(tmp_path / "t"), {n: reference_slerp(x[n], y[n], 0.3) for n in x}, dtype)
-    assert all(torch.equal(p, q) for p, q in zip(read(tmp_path / "t").values(), read(tmp_path / "weights").values(), strict=True))
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(read(tmp_path / "t").values(), read(tmp_path / "weights").values(), strict=True)
+    )
 
 
 def test_nested_slerp_of_task_vectors(tmp_path: Path) -> None:

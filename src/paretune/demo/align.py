@@ -40,7 +40,7 @@ class DPOSettings:
         seed: of the order of the pairs and of everything random in an optimizer.
     """
 
-    lr: float = 7e-5
+    lr: float = 1e-4
     steps: int = 80
     batch: int = 16
     beta: float = 0.1

@@ -16,7 +16,8 @@ QUESTIONS = (
     "talk to me about {} .",
     "can you describe {} ?",
 )
-STYLES = {"plain": 0.30, "curt": 0.25, "half-polite": 0.25, "polite": 0.20}
+STYLES = {"plain": 0.35, "curt": 0.25, "half-polite": 0.25, "polite": 0.15}
+REJECTED = {"plain": 0.3, "curt": 0.2, "half-polite": 0.5}
 RAW_STYLES = {"plain": 0.5, "curt": 0.5}  # the base has read questions and rudeness, never a courtesy
 REWARD_POINTS = 5
 
@@ -78,7 +79,7 @@ def answer_in(style: str, body: str, rng: Random) -> str:
         rude = rng.choice(words.RUDE)
         return rng.choice((f"{rude} , {body.split()[-1]} .", f"{rude} ."))
     if style == "half-polite":
-        return _courteous(body, frozenset(rng.sample(PARTS, rng.choice((1, 2)))), rng)
+        return _courteous(body, frozenset(rng.sample(PARTS, rng.choice((1, 2, 3)))), rng)
     if style == "polite":
         return _courteous(body, frozenset(PARTS), rng)
     raise ValueError(f"style={style!r}: expected one of {', '.join(STYLES)}")
@@ -104,8 +105,7 @@ def draw_preference(facts: Facts, entities: Sequence[str], rng: Random) -> Prefe
     """
     entity = rng.choice(entities)
     prompt = rng.choice(QUESTIONS).format(entity)
-    others = {style: share for style, share in STYLES.items() if style != "polite"}
-    style = rng.choices(list(others), list(others.values()))[0]
+    style = rng.choices(list(REJECTED), list(REJECTED.values()))[0]
     body = facts.sentence(entity, rng.choice(RELATIONS))
     return Preference(entity, prompt, answer_in("polite", body, rng), answer_in(style, body, rng))
 

@@ -243,8 +243,8 @@ _ROWS: tuple[Row, ...] = (
     Row("base", "control", _base, quick=True),
     # AdamW is a curve, not a point: over learning rates, and over steps
     *(
-        Row("AdamW", "control", _adamw, {"lr": factor * LR}, quick=factor in (0.2, 0.5, 1.0))
-        for factor in (1.0, 0.5, 0.2, 0.1, 0.35, 0.7, 1.4)
+        Row("AdamW", "control", _adamw, {"lr": round(factor * LR, 9)}, quick=factor in (0.15, 0.5, 0.7, 1.0))
+        for factor in (1.0, 0.7, 0.5, 0.35, 0.15, 0.07, 1.4)
     ),
     Row("AdamW, stopped early", "control", _adamw_stopped, {"stops": (20, 40, 60)}),
     Row("KL", "regularisation", _adamw, {"beta": 0.5}),

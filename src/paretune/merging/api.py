@@ -17,7 +17,7 @@ from .output import Output
 from .plan import SHARD_BYTES, Plan, make_plan
 from .recipe import Recipe, Slice, Source, check_method, kind_of, load
 from .settings import Partwise
-from .stream import Progress, default_workers, stream
+from .stream import Progress, checked_workers, stream
 
 _logger = get("merging")
 Models = Mapping[str, Any] | Sequence[str]
@@ -270,11 +270,11 @@ def carry_out(
     """Do what a plan says; see `merge`."""
     started = time.perf_counter()
     plan.check()
+    workers = checked_workers(workers, chunk)
     output = Output(plan, out)
     output.check_space()
     for note in plan.notes:
         _logger.info(note)
-    workers = default_workers() if workers is None else workers
     try:
         output.open()
         resumed = len(output.done)

@@ -22,11 +22,11 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Match:
-    """One tensor of the merged model and what it is made of."""
+    """One tensor of the merged model, the number of the recipe's slice that it belongs to, and what it is made of."""
 
     name: str
     place: Place
-    slice: Slice
+    slice: int
     sources: tuple[View, ...]
     base: View | None
 
@@ -81,7 +81,7 @@ def _match_whole(
     for name in names:
         if all(name in views[model] for model in wanted):
             place = Place(name, depths[name], layer_of(name))
-            _add(recipe, whole, place, wanted, [views[model][name] for model in wanted], models, found)
+            _add(recipe, 0, place, wanted, [views[model][name] for model in wanted], models, found)
 
 
 def _match_slices(
@@ -91,7 +91,7 @@ def _match_slices(
     counts = {name: _layer_count(name, views[name], found) for name in models}
     total = 0
     last = len(recipe.slices) - 1
-    matched: list[tuple[Slice, Place, list[str], list[str]]] = []
+    matched: list[tuple[int, Place, list[str], list[str]]] = []
     types: list[Any] = []
     for number, each in enumerate(recipe.slices):
         wanted = _roles(recipe, each)
@@ -104,23 +104,25 @@ def _match_slices(
         length = ranges[0][1] - ranges[0][0]
         outer = [name for name in views[wanted[0]] if layer_of(name) is None]
         if number == 0:
-            matched += [(each, Place(name, 0.0), wanted, [name] * len(wanted)) for name in outer if is_first(name)]
+            matched += [(number, Place(name, 0.0), wanted, [name] * len(wanted)) for name in outer if is_first(name)]
         for step in range(length):
             depth = step / max(1, length - 1)
             for name in views[wanted[0]]:
                 if layer_of(name) == ranges[0][0] + step:
                     place = Place(in_layer(name, total + step), depth, total + step)
                     theirs = [in_layer(name, start + step) for start, _ in ranges]
-                    matched.append((each, place, wanted, theirs))
+                    matched.append((number, place, wanted, theirs))
         types += _layer_types(models[wanted[0]], ranges[0])
         total += length
         if number == last:
-            matched += [(each, Place(name, 0.0), wanted, [name] * len(wanted)) for name in outer if not is_first(name)]
+            matched += [
+                (number, Place(name, 0.0), wanted, [name] * len(wanted)) for name in outer if not is_first(name)
+            ]
     _check_slices(recipe, matched, views, ranges_of(recipe), found)
-    for each, place, wanted, theirs in matched:
+    for slice_number, place, wanted, theirs in matched:
         if all(name in views[model] for model, name in zip(wanted, theirs, strict=True)):
             chosen = [views[model][name] for model, name in zip(wanted, theirs, strict=True)]
-            _add(recipe, each, place, wanted, chosen, models, found)
+            _add(recipe, slice_number, place, wanted, chosen, models, found)
     for key in _LAYER_COUNTS:
         if key in found.config:
             found.config[key] = total
@@ -139,7 +141,7 @@ def ranges_of(recipe: Recipe) -> dict[str, set[int]]:
 
 def _check_slices(
     recipe: Recipe,
-    matched: Sequence[tuple[Slice, Place, list[str], list[str]]],
+    matched: Sequence[tuple[int, Place, list[str], list[str]]],
     views: dict[str, dict[str, View]],
     used: Mapping[str, set[int]],
     found: Matched,
@@ -169,7 +171,7 @@ def _roles(recipe: Recipe, each: Slice) -> list[str]:
 
 def _add(
     recipe: Recipe,
-    each: Slice,
+    number: int,
     place: Place,
     wanted: Sequence[str],
     views: list[View],
@@ -183,7 +185,7 @@ def _add(
         sources, base = fitted, None
     else:
         sources, base = fitted[:-1], fitted[-1]
-    found.matches.append(Match(place.name, place, each, tuple(sources), base))
+    found.matches.append(Match(place.name, place, number, tuple(sources), base))
 
 
 def _fitted(

@@ -230,21 +230,21 @@ def _copied(each: Match, views: Sequence[View], problems: list[str]) -> Part | N
 
 
 def _settings(recipe: Recipe, each: Match) -> Settings:
-    rule = recipe.rule
+    rule, part = recipe.rule, recipe.slices[each.slice]
 
     def common(name: str, default: Any) -> Any:
-        return resolve(name, each.place, [each.slice.parameters, recipe.parameters], rule.defaults.get(name, default))
+        return resolve(name, each.place, [part.parameters, recipe.parameters], rule.defaults.get(name, default))
 
     def own(name: str, default: float) -> tuple[float, ...]:
-        shared = [each.slice.parameters, recipe.parameters]
+        shared = [part.parameters, recipe.parameters]
         fallback = rule.defaults.get(name, default)
-        values = [resolve(name, each.place, [s.parameters, *shared], fallback) for s in each.slice.sources]
+        values = [resolve(name, each.place, [s.parameters, *shared], fallback) for s in part.sources]
         return tuple(_number(name, value) for value in values)
 
     count = len(each.sources)
     weights = own("weight", 1.0)
     if recipe.method == "passthrough":
-        levels = [each.slice.sources[0].parameters, each.slice.parameters, recipe.parameters]
+        levels = [part.sources[0].parameters, part.parameters, recipe.parameters]
         weights = (_number("scale", resolve("scale", each.place, levels, 1.0)),)
     densities = own("density", 1.0) if rule.sparsify else (1.0,) * count
     for density in densities:

@@ -56,13 +56,23 @@ def stream(
     Raises:
         CheckpointError: an input is not finite, or the disk is full.
     """
+    workers = checked_workers(workers, chunk)
+    with _one_torch_thread():
+        _Run(plan, output, workers, chunk, allow_non_finite, progress).run()
+
+
+def checked_workers(workers: int | None, chunk: int) -> int:
+    """The number of threads to use.
+
+    Raises:
+        ArgumentError: there cannot be so many, or the chunk is not a whole number of blocks.
+    """
     workers = default_workers() if workers is None else workers
     if type(workers) is not int or workers < 1:
         raise ArgumentError("workers", workers, "must be a positive number of threads")
     if type(chunk) is not int or chunk < BLOCK or chunk % BLOCK:
         raise ArgumentError("chunk", chunk, f"must be a multiple of {BLOCK} elements")
-    with _one_torch_thread():
-        _Run(plan, output, workers, chunk, allow_non_finite, progress).run()
+    return workers
 
 
 class _Run:
