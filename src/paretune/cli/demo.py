@@ -96,7 +96,7 @@ class _Bars:
 def _table(results: dict[str, Any]) -> str:
     from paretune.demo.results import label
 
-    rows = [("method", "reward", "capability", "tax", "above AdamW at equal reward")]
+    rows: list[tuple[str, ...]] = [("method", "reward", "capability", "tax", "above AdamW at equal reward")]
     for point in (results["base"], results["reference"], *results["points"]):
         above = point.get("capability_above_adamw")
         bounds = point.get("capability_above_adamw_ci")

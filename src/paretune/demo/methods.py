@@ -205,7 +205,7 @@ def _lora(bench: Bench, row: Row) -> Made:
     rank = row.hyperparameters["rank"]
     torch.manual_seed(bench.seed)
     model = get_peft_model(
-        bench.model(),  # type: ignore[arg-type]
+        bench.model(),
         LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     for _ in align(model, bench.pairs, _settings(bench, row)):

@@ -76,7 +76,7 @@ def draw(results: dict[str, Any]) -> Figure:
     axis.set_ylabel("capability: skills solved (points of 100)")
     seeds = results["seeds"]
     axis.set_title(
-        f"Reward against capability on the tiny world, {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}",
+        f"Reward against capability on the tiny world, seed {', '.join(map(str, seeds))}",
         fontsize=11,
     )
     axis.grid(alpha=0.25, lw=0.5)
@@ -116,10 +116,8 @@ def page(results: dict[str, Any], svg: str) -> str:
     """A self-contained HTML page: verdict, picture, table, how it was measured."""
     reference = results["reference"]
     categories = sorted(reference["capability_by_category"])
-    head = "".join(
-        f"<th>{html.escape(name)}</th>"
-        for name in ("method", "family", "reward", "capability", "tax", *categories, "seconds")
-    )
+    columns = ("method", "family", "reward", "capability", "tax", *categories, "seconds")
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
     body = "".join(_line(point, categories) for point in (results["base"], reference, *results["points"]))
     verdict = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in results["verdict"])
     area = results["hypervolume"]
@@ -141,8 +139,8 @@ th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) {{ text-align: 
 <p>Outlined points are on the Pareto front. Hypervolume against {tuple(area["reference_point"])}: all methods
 {area["all"]:.4f}, AdamW's curve alone {area["adamw"]:.4f}.</p>
 <div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
-<p>Points of 100 with 95% bootstrap intervals (paired over items; over seeds too where there are several). Reward: answers
-sampled at temperature 1 about entities that no preference pair mentions. Capability: greedy answers to held-out
+<p>Points of 100 with 95% bootstrap intervals (paired over items; over seeds too where there are several).
+Reward: answers sampled at temperature 1 about entities that no preference pair mentions. Capability: greedy answers to held-out
 exercises, mean over categories. Tax: the reference's capability minus the model's. Seeds {seeds}.</p>
 </body></html>
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from paretune.demo.align import DPOSettings
 from paretune.demo.scores import Scores, above_curve, as_point, interval, score
 from paretune.evaluation.frontier import hypervolume, pareto_set
 
@@ -63,22 +64,19 @@ def label(point: dict[str, Any]) -> str:
 
 def verdict(points: list[dict[str, Any]], reference: int, curve: Sequence[int], scores: Scores) -> list[str]:
     """What the intervals allow to be said, a sentence each."""
-    sentences = []
     peak = max(curve, key=lambda i: points[i]["reward"])
-    gain = points[peak]["reward"] - points[reference]["reward"]
-    gain_ci = interval(scores.reward_draws[peak] - scores.reward_draws[reference])
-    sentences.append(
-        f"{label(points[peak])} gains {_points(gain)} {_range(gain_ci)} points of sampled reward and pays a tax of "
-        f"{_points(points[peak]['tax'])} {_range(points[peak]['tax_ci'])} points of capability."
-    )
+    default = next((i for i in curve if points[i]["hyperparameters"].get("lr") == DPOSettings().lr), peak)
+    sentences = [_gain(points, i, reference, scores) for i in dict.fromkeys((default, peak))]
     groups: dict[str, list[str]] = {"above": [], "within noise of": [], "below": []}
     beyond = []
-    for point in points:
+    for i, point in enumerate(points):
         if point["family"] == "control" or "capability_above_adamw" not in point:
             continue
         bounds = point["capability_above_adamw_ci"]
         if bounds is None:
-            beyond.append(label(point))
+            more = interval(scores.reward_draws[i] - scores.reward_draws[peak])
+            text = f"{label(point)} {_range(more)}" + (" (within noise)" if more[0] <= 0 else "")
+            beyond.append(f"{text} at tax {_points(point['tax'])} {_range(point['tax_ci'])}")
         elif bounds[0] > 0:
             groups["above"].append(f"{label(point)} by {_points(point['capability_above_adamw'])} {_range(bounds)}")
         else:
@@ -87,9 +85,18 @@ def verdict(points: list[dict[str, Any]], reference: int, curve: Sequence[int], 
         said = "; ".join(members) if members else "none"
         sentences.append(f"At equal reward {place} AdamW's curve over learning rates: {said}.")
     if beyond:
-        sentences.append(f"Of higher reward than AdamW reaches at any learning rate: {'; '.join(beyond)}.")
+        sentences.append(f"More reward than AdamW at its best learning rate, by: {'; '.join(beyond)}.")
     sentences += _ablation(points, scores)
     return sentences
+
+
+def _gain(points: list[dict[str, Any]], i: int, reference: int, scores: Scores) -> str:
+    gain = points[i]["reward"] - points[reference]["reward"]
+    bounds = interval(scores.reward_draws[i] - scores.reward_draws[reference])
+    return (
+        f"{label(points[i])} gains {_points(gain)} {_range(bounds)} points of sampled reward and pays a tax of "
+        f"{_points(points[i]['tax'])} {_range(points[i]['tax_ci'])} points of capability."
+    )
 
 
 def _ablation(points: list[dict[str, Any]], scores: Scores) -> list[str]:
@@ -107,9 +114,10 @@ def _ablation(points: list[dict[str, Any]], scores: Scores) -> list[str]:
         differs = [
             name for name, (low, high) in (("reward", reward), ("capability", capability)) if low > 0 or high < 0
         ]
+        found = f"a difference in {' and '.join(differs)}" if differs else "within noise"
         sentences.append(
-            f"What τ adds to OnDARE (weight {points[j]['hyperparameters']['weight']:g} against 0): reward {_range(reward)}, "
-            f"capability {_range(capability)} points: {'a difference in ' + ' and '.join(differs) if differs else 'within noise'}."
+            f"What τ adds to OnDARE (weight {points[j]['hyperparameters']['weight']:g} against 0): "
+            f"reward {_range(reward)}, capability {_range(capability)} points: {found}."
         )
     return sentences
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ArgumentError, CheckpointError
+from ..errors import ArgumentError, CheckpointError, examples
 from .inputs import Model, read_vocabulary
 from .settings import layer_of
 from .views import Rows, View
@@ -101,6 +101,13 @@ def align(source: str, models: Mapping[str, Model], base: str) -> Alignment | No
     """
     tables = {name: _table(model) for name, model in models.items()}
     sizes = {name: _rows(model, tables[name]) for name, model in models.items()}
+    for name, table in tables.items():
+        beyond = [token for token, number in table.items() if not 0 <= number < sizes[name]]
+        if beyond:
+            raise CheckpointError(
+                f"{name}: tokens without a row among the {sizes[name]} of its embedding: {examples(beyond)}: "
+                "is tokenizer.json this model's?"
+            )
     donor = models[base] if source in ("base", "union") else models.get(source) or _other(source)
     target = dict(_table(donor))
     size = _rows(donor, target)

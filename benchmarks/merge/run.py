@@ -1,0 +1,345 @@
+"""Every figure of merging, measured: CPU seconds of whole processes, interleaved with the peer, medians.
+
+    python benchmarks/merge/run.py WORK [--size 0.35B] [--repeats 3] [--only copy,mergekit,memory,selection,sweep,live]
+
+WORK holds the generated checkpoints and the results (5 GB for 0.35B; 20 GB more for the 4 GB tensor of ``memory``).
+mergekit takes part where PARETUNE_MERGEKIT_PYTHON names a python that has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from checkpoints import config, make
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+MERGEKIT = os.environ.get("PARETUNE_MERGEKIT_PYTHON", "")
+COMMAND = [sys.executable, "-m", "paretune.cli.main", "merge"]
+
+
+def cpu(command: list[str], out: Path | None = None) -> tuple[float, float]:
+    """CPU seconds and peak resident MB of a process; what it writes is removed before and after."""
+    if out is not None:
+        remove(out)
+    process = subprocess.Popen(command, env=os.environ | ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    error = process.stderr.read() if process.stderr else b""
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {error.decode()[-2000:]}")
+    if out is not None:
+        remove(out)
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+
+
+def remove(path: Path) -> None:
+    for each in (path, path.with_name(path.name + ".merging")):
+        if each.is_dir():
+            shutil.rmtree(each)
+        else:
+            each.unlink(missing_ok=True)
+
+
+def warm(directories: list[Path]) -> None:
+    """Read the models, so that all competitors find them in the page cache."""
+    for directory in directories:
+        for file in directory.glob("*.safetensors"):
+            with file.open("rb") as stream:
+                while stream.read(1 << 24):
+                    pass
+
+
+def methods(paths: list[Path]) -> dict[str, tuple[list[str], dict[str, Any], list[Path]]]:
+    """Method → our arguments, mergekit's recipe, the models that are read."""
+    base, a, b = map(str, paths[:3])
+
+    def entry(model: str, **parameters: float) -> dict[str, Any]:
+        return {"model": model, "parameters": parameters}
+
+    pair = ["--model", f"{a}=0.7", "--model", f"{b}=0.3", "--base", base]
+    both = {"base_model": base, "dtype": "bfloat16"}
+    return {
+        "linear": (
+            ["linear", "--model", f"{base}=0.7", "--model", f"{a}=0.3"],
+            {"merge_method": "linear", "models": [entry(base, weight=0.7), entry(a, weight=0.3)], "dtype": "bfloat16"},
+            paths[:2],
+        ),
+        "task_arithmetic": (
+            ["task_arithmetic", *pair],
+            {"merge_method": "task_arithmetic", "models": [entry(a, weight=0.7), entry(b, weight=0.3)], **both},
+            paths[:3],
+        ),
+        "dare_linear": (
+            ["dare_linear", *pair, "--density", "0.5"],
+            {
+                "merge_method": "dare_linear",
+                "models": [entry(a, weight=0.7, density=0.5), entry(b, weight=0.3, density=0.5)],
+                **both,
+            },
+            paths[:3],
+        ),
+        "slerp": (
+            ["slerp", "--model", base, "--model", a, "--t", "0.3"],
+            {"merge_method": "slerp", "models": [{"model": base}, {"model": a}], "parameters": {"t": 0.3}, **both},
+            paths[:2],
+        ),
+        "ties": (
+            ["ties", *pair, "--density", "0.2"],
+            {
+                "merge_method": "ties",
+                "models": [entry(a, weight=0.7, density=0.2), entry(b, weight=0.3, density=0.2)],
+                **both,
+            },
+            paths[:3],
+        ),
+    }
+
+
+def against_mergekit(work: Path, paths: list[Path], repeats: int) -> dict[str, Any]:
+    """CPU of mergekit ÷ ours, whole processes, one after the other."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    driver = Path(MERGEKIT).with_name("mergekit-yaml") if MERGEKIT else None
+    cases = methods(paths)
+    taken: dict[str, dict[str, list[tuple[float, float]]]] = {name: {"ours": [], "mergekit": []} for name in cases}
+    for _ in range(repeats):
+        for name, (arguments, recipe, read) in cases.items():
+            warm(read)
+            out = work / "out"
+            taken[name]["ours"].append(cpu([*COMMAND, *arguments, "-o", str(out), "--quiet", "--workers", "1"], out))
+            if driver is not None:
+                (work / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+                warm(read)
+                command = [str(driver), "--quiet", "--no-copy-tokenizer", str(work / "recipe.yaml"), str(out)]
+                taken[name]["mergekit"].append(cpu(command, out))
+    for name, both in taken.items():
+        row: dict[str, Any] = {"ours_s": median(both["ours"], 0), "ours_mb": max(mb for _, mb in both["ours"])}
+        if both["mergekit"]:
+            ratios = [m[0] / o[0] for m, o in zip(both["mergekit"], both["ours"], strict=True)]
+            row |= {
+                "mergekit_s": median(both["mergekit"], 0),
+                "mergekit_mb": max(mb for _, mb in both["mergekit"]),
+                "ratio": round(statistics.median(ratios), 2),
+                "ratios": [round(ratio, 2) for ratio in ratios],
+            }
+        found[name] = row
+        print(f"  {name}: {row}", flush=True)
+    return found
+
+
+def against_copy(work: Path, paths: list[Path], repeats: int) -> dict[str, Any]:
+    """Work ÷ (cp one input + cat the others): the engine's CPU, without starting python, with and without torch."""
+    cases = {
+        "linear": ("linear", [0.7, 0.3], False),
+        "task_arithmetic": ("task_arithmetic", [0.7, 0.3], True),
+        "soup of 3": ("linear", [0.5, 0.3, 0.2], False),
+    }
+    found: dict[str, Any] = {}
+    taken: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        for name, (method, weights, based) in cases.items():
+            read = paths[: len(weights) + based]
+            models = read[1:] if based else read
+            warm(read)
+            target = work / "copy"
+            copy, _ = cpu(["cp", str(read[0] / "model.safetensors"), str(target)], target)
+            for other in read[1:]:
+                copy += cpu(["cat", str(other / "model.safetensors")])[0]
+            for torch in ("", "import torch\n"):
+                code = (
+                    f"{torch}import sys, time\nfrom paretune.merging import merge\nt = time.process_time()\n"
+                    f"merge({method!r}, {dict(zip(map(str, models), weights, strict=True))!r}, "
+                    f"{str(paths[0]) if based else None!r}, {str(work / 'out')!r}, workers=1)\n"
+                    "print(time.process_time() - t)\n"
+                )
+                remove(work / "out")
+                warm(read)
+                done = subprocess.run(
+                    [sys.executable, "-c", code],
+                    env=os.environ | ONE_THREAD,
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                )
+                ratio = float(done.stdout) / copy
+                taken.setdefault(f"{name}{', torch loaded' if torch else ''}", []).append(ratio)
+            remove(work / "out")
+    for name, ratios in taken.items():
+        found[name] = {"ratio": round(statistics.median(ratios), 2), "ratios": [round(ratio, 2) for ratio in ratios]}
+        print(f"  {name}: {found[name]}", flush=True)
+    return found
+
+
+def sweep(work: Path, paths: list[Path], repeats: int) -> dict[str, Any]:
+    """A sweep of 9 ÷ 9 single merges."""
+    pair = ["linear", "--model", str(paths[0]), "--model", str(paths[1])]
+    ratios = []
+    for _ in range(repeats):
+        warm(paths[:2])
+        command = [*COMMAND, *pair, "-o", str(work / "out"), "--quiet", "--workers", "1"]
+        together, _ = cpu([*command, "--sweep", "weight=0.1:0.9:0.1"], work / "out")
+        single = 0.0
+        for tenth in range(1, 10):
+            weighted = [f"{paths[0]}={1 - tenth / 10:.1f}", f"{paths[1]}={tenth / 10:.1f}"]
+            alone = [*COMMAND, "linear", "--model", weighted[0], "--model", weighted[1]]
+            single += cpu([*alone, "-o", str(work / "out"), "--quiet", "--workers", "1"], work / "out")[0]
+        ratios.append(round(together / single, 3))
+    found = {"ratio": statistics.median(ratios), "ratios": ratios}
+    print(f"  {found}", flush=True)
+    return found
+
+
+LIVE = """
+import sys, time, torch
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+import paretune as pt
+pre, post = sys.argv[1:]
+AutoModelForCausalLM.from_pretrained(post, dtype="auto")  # what is imported and cached once is nobody's cost
+loads, sets = [], []
+for i in range(3):
+    t = time.process_time(); model = AutoModelForCausalLM.from_pretrained(post, dtype="auto")
+    sum(float(p.view(-1)[::1024].float().sum()) for p in model.parameters())  # pages that are mapped are not read yet
+    loads.append(time.process_time() - t)
+    live = pt.LiveMerge(model, pre=pre, post=post)
+    live.set(0.5)
+    t = time.process_time(); live.set(0.1 + 0.2 * i); sets.append(time.process_time() - t)
+print(sorted(loads)[1], sorted(sets)[1])
+"""
+
+
+def live(work: Path, paths: list[Path], repeats: int) -> dict[str, Any]:
+    """LiveMerge.set ÷ from_pretrained."""
+    del work
+    rows = []
+    for _ in range(repeats):
+        warm(paths[:2])
+        command = [sys.executable, "-c", LIVE, str(paths[0]), str(paths[1])]
+        done = subprocess.run(command, env=os.environ | ONE_THREAD, capture_output=True, text=True, check=True)
+        loaded, dialled = map(float, done.stdout.split())
+        rows.append((loaded, dialled))
+    found = {
+        "from_pretrained_s": round(statistics.median(row[0] for row in rows), 2),
+        "set_s": round(statistics.median(row[1] for row in rows), 2),
+        "ratio": round(statistics.median(row[1] / row[0] for row in rows), 3),
+    }
+    print(f"  {found}", flush=True)
+    return found
+
+
+def selection(work: Path, paths: list[Path], repeats: int) -> dict[str, Any]:
+    """The exact k-th magnitude, in ns an element: held in memory, and streamed."""
+    del work, paths
+    from paretune.merging.selection import find_cut, kth_largest
+
+    found: dict[str, Any] = {}
+    generator = np.random.default_rng(0)
+    for name, n in (("held, 4M elements", 1 << 22), ("streamed, 64M elements", 1 << 26)):
+        for kind in ("smooth", "tied"):
+            values = np.abs(generator.standard_normal(n, np.float32))
+            keys = (values if kind == "smooth" else np.round(values, 1)).view(np.uint32)
+            times: dict[str, list[float]] = {"cut": [], "k-th alone": []}
+            for _ in range(max(3, repeats)):
+                measured("cut", times, n, lambda: find_cut(n, n // 5, lambda start, stop: keys[start:stop]))
+                if n == 1 << 22:
+                    measured("k-th alone", times, n, lambda: kth_largest(keys, n // 5))
+            for what, each in times.items():
+                if each:
+                    found[f"{name}, {kind}: {what}"] = round(statistics.median(each), 2)
+    print(f"  {found}", flush=True)
+    return found
+
+
+def measured(what: str, times: dict[str, list[float]], n: int, run: Callable[[], object]) -> None:
+    started = time.process_time()
+    run()
+    times[what].append((time.process_time() - started) / n * 1e9)
+
+
+def memory(work: Path, paths: list[Path], repeats: int) -> dict[str, Any]:
+    """Peak resident memory with one tensor of 4 GB: linear, DARE, and TIES with heavy ties."""
+    del paths, repeats
+    big = [one_tensor(work / "big" / str(seed), seed) for seed in range(3)]
+    base, a, b = map(str, big)
+    found = {}
+    for name, arguments in {
+        "linear": ["linear", "--model", base, "--model", a],
+        "ties, heavy ties": ["ties", "--model", a, "--model", b, "--base", base, "--density", "0.2"],
+    }.items():
+        for workers in ("1", "2"):
+            if name != "linear" and workers == "2":
+                continue
+            command = [*COMMAND, *arguments, "-o", str(work / "out"), "--quiet", "--workers", workers]
+            seconds, peak = cpu(command, work / "out")
+            found[f"{name}, {workers} workers"] = {"mb": round(peak), "cpu_s": round(seconds, 1)}
+            print(f"  {name}, {workers} workers: {peak:.0f} MB, {seconds:.1f} s", flush=True)
+    shutil.rmtree(work / "big")
+    return found
+
+
+def one_tensor(directory: Path, seed: int) -> Path:
+    """A model of one bf16 tensor of 4 GB; differences between the models take few values."""
+    if (directory / "config.json").exists():
+        return directory
+    directory.mkdir(parents=True, exist_ok=True)
+    rows, columns = 1 << 16, 1 << 15
+    size = rows * columns * 2
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [0, size]}}).encode()
+    header += b" " * (-len(header) % 8)
+    base, own = np.random.default_rng(0), np.random.default_rng(seed)
+    common = base.standard_normal(1 << 22, np.float32).view(np.uint32) >> 16
+    with (directory / "model.safetensors").open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        for _ in range(size // (common.size * 2)):
+            moved = common + (own.integers(0, 4, common.size, dtype=np.uint32) if seed else 0)
+            stream.write(moved.astype(np.uint16).tobytes())
+    (directory / "config.json").write_text(json.dumps(config("tiny")))
+    return directory
+
+
+def median(rows: list[tuple[float, float]], column: int) -> float:
+    return round(statistics.median(row[column] for row in rows), 2)
+
+
+PARTS: dict[str, Callable[[Path, list[Path], int], dict[str, Any]]] = {
+    "copy": against_copy,
+    "mergekit": against_mergekit,
+    "sweep": sweep,
+    "live": live,
+    "selection": selection,
+    "memory": memory,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--size", default="0.35B")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", default=",".join(PARTS))
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    paths = make(arguments.work, arguments.size, 2)
+    results: dict[str, Any] = {"size": arguments.size, "repeats": arguments.repeats}
+    for name in arguments.only.split(","):
+        print(name, flush=True)
+        results[name] = PARTS[name](arguments.work, paths, arguments.repeats)
+    results["peak_mb_of_this_process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    (arguments.work / "results.json").write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
