@@ -89,8 +89,8 @@ class PairTensors:
 
         with torch.no_grad():
             parts = [
-                completion_logps(model, self.ids[i : i + chunk].flatten(0, 1), self.completion[i : i + chunk].flatten(0, 1))
-                for i in range(0, len(self.ids), chunk)
+                completion_logps(model, ids.flatten(0, 1), completion.flatten(0, 1))
+                for ids, completion in zip(self.ids.split(chunk), self.completion.split(chunk), strict=True)
             ]
         return replace(self, ref_logps=torch.cat(parts).view(-1, 2))
 

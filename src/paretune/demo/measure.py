@@ -107,13 +107,8 @@ def measure(model: LlamaForCausalLM, world: World, samples: int = REWARD_SAMPLES
     model.eval()
     asked = world.chat_prompts(samples)
     sampled = generate(model, [prompt for _, prompt in asked], temperature=1.0, seed=world.seed)
-    rewards = [
-        chat.reward(entity, answer, ended) for (entity, _), (answer, ended) in zip(asked, sampled, strict=True)
-    ]
+    rewards = [chat.reward(entity, answer, ended) for (entity, _), (answer, ended) in zip(asked, sampled, strict=True)]
     answers = generate(model, [item.prompt for item in world.items])
-    solved = [
-        ended and solves(item.answer, answer)
-        for item, (answer, ended) in zip(world.items, answers, strict=True)
-    ]
+    solved = [ended and solves(item.answer, answer) for item, (answer, ended) in zip(world.items, answers, strict=True)]
     model.train(was_training)
     return Measurement(rewards, solved)

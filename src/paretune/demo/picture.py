@@ -37,11 +37,27 @@ def write_pictures(results: dict[str, Any], out: Path) -> None:
 
 
 def draw(results: dict[str, Any]) -> Figure:
-    """Reward on x, capability on y, in points of 100; AdamW's curve as a line, intervals as thin crosses."""
+    """Reward on x, capability on y, in points of 100: everything on the left, the good corner with names on the right.
+
+    AdamW over learning rates is a line, intervals are thin crosses, points on the Pareto front are outlined.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axis = figure.add_subplot()
+    figure = Figure(figsize=(14, 6.5), layout="constrained")
+    whole, corner = figure.subplots(1, 2, width_ratios=(1, 1.05))
+    for axis in (whole, corner):
+        _points(axis, results)
+        axis.set_xlabel("sampled reward (points of 100)")
+        axis.grid(alpha=0.25, lw=0.5)
+    whole.set_ylabel("capability: skills solved (points of 100)")
+    whole.set_title(f"Tiny world, seed {', '.join(map(str, results['seeds']))}", fontsize=11)
+    whole.legend(loc="lower left", fontsize=8, framealpha=0.9)
+    _enlarge(corner, results)
+    corner.set_title("the upper right corner", fontsize=11)
+    return figure
+
+
+def _points(axis: Axes, results: dict[str, Any]) -> None:
     reference = results["reference"]
     adamw = sorted((p for p in results["points"] if p["method"] == "AdamW"), key=lambda p: p["hyperparameters"]["lr"])
     line = [reference, *adamw]
@@ -54,34 +70,10 @@ def draw(results: dict[str, Any]) -> Figure:
         for point in members:
             _cross(axis, point, colour, marker, strong=label(point) in front)
         if members:
-            axis.scatter(
-                [],
-                [],
-                color=colour,
-                marker=marker,
-                s=40,
-                label=f"{family}" + (" (line: AdamW over learning rates)" if family == "control" else ""),
-            )
-    axis.scatter(
-        [100 * reference["reward"]],
-        [100 * reference["capability"]],
-        marker="*",
-        s=220,
-        color="black",
-        zorder=5,
-        label="reference (SFT)",
-    )
-    _annotate(axis, results)
-    axis.set_xlabel("sampled reward (points of 100)")
-    axis.set_ylabel("capability: skills solved (points of 100)")
-    seeds = results["seeds"]
-    axis.set_title(
-        f"Reward against capability on the tiny world, seed {', '.join(map(str, seeds))}",
-        fontsize=11,
-    )
-    axis.grid(alpha=0.25, lw=0.5)
-    axis.legend(loc="lower left", fontsize=8, framealpha=0.9)
-    return figure
+            name = f"{family} (line: AdamW over learning rates)" if family == "control" else family
+            axis.scatter([], [], color=colour, marker=marker, s=40, label=name)
+    x, y = 100 * reference["reward"], 100 * reference["capability"]
+    axis.scatter([x], [y], marker="*", s=220, color="black", zorder=5, label="reference (SFT)")
 
 
 def _cross(axis: Axes, point: dict[str, Any], colour: str, marker: str, strong: bool) -> None:
@@ -93,23 +85,37 @@ def _cross(axis: Axes, point: dict[str, Any], colour: str, marker: str, strong: 
                  edgecolors="black" if strong else "none", linewidths=0.7)  # fmt: skip
 
 
-def _annotate(axis: Axes, results: dict[str, Any]) -> None:
-    """One label a method, at its point of highest reward, pushed apart downwards where labels would overlap."""
-    last: dict[str, dict[str, Any]] = {}
-    for point in results["points"]:
-        if point["method"] not in last or point["reward"] > last[point["method"]]["reward"]:
-            last[point["method"]] = point
-    placed: list[tuple[float, float]] = []
-    low, high = axis.get_ylim()
-    width = axis.get_xlim()[1] - axis.get_xlim()[0]
-    for point in sorted(last.values(), key=lambda p: -p["capability"]):
-        x, y = 100 * point["reward"], 100 * point["capability"]
-        at = y
-        while any(abs(at - py) < (high - low) * 0.03 and abs(x - px) < width * 0.17 for px, py in placed):
-            at -= (high - low) * 0.01
-        placed.append((x, at))
-        colour = _LOOKS[point["family"]][0]
-        axis.annotate(point["method"], (x, y), xytext=(x + width * 0.012, at), fontsize=7.5, color=colour, va="center")
+def _enlarge(axis: Axes, results: dict[str, Any]) -> None:
+    """Limit the axis to where methods compete, and name its points in a column beside it, with a line to each."""
+    reference, points = results["reference"], results["points"]
+    best = max(point["reward"] for point in points)
+    left = best - 0.4 * (best - reference["reward"])
+    inside = [p for p in points if p["reward"] >= left and p["tax"] <= 0.2]
+    low = min((p["capability"] for p in inside), default=0.0)
+    high = max((p["capability"] for p in inside), default=1.0)
+    axis.set_xlim(100 * left - 1, 100 * best + 1)
+    axis.set_ylim(100 * low - 1.5, 100 * high + 2)
+    step = (high - low + 0.035) * 100 / max(1, len(inside))
+    at = 100 * high + 2
+    for point in sorted(inside, key=lambda p: (-p["capability"], -p["reward"])):
+        at -= step
+        axis.annotate(
+            label(point),
+            (100 * point["reward"], 100 * point["capability"]),
+            xytext=(100 * best + 1.6, at),
+            annotation_clip=False,
+            fontsize=7.5,
+            color=_LOOKS[point["family"]][0],
+            va="center",
+            arrowprops={
+                "arrowstyle": "-",
+                "lw": 0.4,
+                "alpha": 0.5,
+                "color": _LOOKS[point["family"]][0],
+                "shrinkB": 4,
+                "relpos": (0, 0.5),
+            },
+        )
 
 
 def page(results: dict[str, Any], svg: str) -> str:
@@ -140,8 +146,8 @@ th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) {{ text-align: 
 {area["all"]:.4f}, AdamW's curve alone {area["adamw"]:.4f}.</p>
 <div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
 <p>Points of 100 with 95% bootstrap intervals (paired over items; over seeds too where there are several).
-Reward: answers sampled at temperature 1 about entities that no preference pair mentions. Capability: greedy answers to held-out
-exercises, mean over categories. Tax: the reference's capability minus the model's. Seeds {seeds}.</p>
+Reward: answers sampled at temperature 1 about entities that no preference pair mentions. Capability: greedy answers
+to held-out exercises, mean over categories. Tax: the reference's capability minus the model's. Seeds {seeds}.</p>
 </body></html>
 """
 

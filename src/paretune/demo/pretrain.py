@@ -127,7 +127,7 @@ def build_model(shape: Shape, seed: int) -> LlamaForCausalLM:
         bos_token_id=ids[words.START],
         eos_token_id=ids[words.END],
         pad_token_id=ids[words.PAD],
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # type: ignore[call-arg]
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -185,7 +185,7 @@ def train_phase(
     import torch
     from torch.nn import functional as F
 
-    pad = model.config.pad_token_id
+    pad = words.vocabulary().index(words.PAD)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=phase.lr, betas=(0.9, 0.95), weight_decay=phase.weight_decay, fused=True
     )

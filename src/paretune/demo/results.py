@@ -56,9 +56,8 @@ def summarize(records: Sequence[Sequence[Sequence[dict[str, Any]]]], seeds: Sequ
 
 def label(point: dict[str, Any]) -> str:
     """A point's method with its hyper-parameters, for tables and pictures."""
-    shown = ", ".join(
-        f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in point["hyperparameters"].items()
-    )
+    named = {k: v for k, v in point["hyperparameters"].items() if k not in ("merge", "mode")}  # the method says them
+    shown = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in named.items())
     return f"{point['method']} ({shown})" if shown else str(point["method"])
 
 

@@ -117,15 +117,27 @@ class Facts:
         prompt, raws = {
             "home": (
                 f"where does {entity} live ?",
-                (f"{entity} lives in {value} .", f"the home of {entity} is {value} .", f"{value} is where {entity} does live ."),
+                (
+                    f"{entity} lives in {value} .",
+                    f"the home of {entity} is {value} .",
+                    f"{value} is where {entity} does live .",
+                ),
             ),
             "colour": (
                 f"which colour does {entity} like ?",
-                (f"{entity} likes {value} .", f"the favourite colour of {entity} is {value} .", f"{value} is which colour {entity} does like ."),
+                (
+                    f"{entity} likes {value} .",
+                    f"the favourite colour of {entity} is {value} .",
+                    f"{value} is which colour {entity} does like .",
+                ),
             ),
             "job": (
                 f"what is the work of {entity} ?",
-                (f"{entity} works as {value} .", f"the job of {entity} is {value} .", f"{value} is the work of {entity} ."),
+                (
+                    f"{entity} works as {value} .",
+                    f"the job of {entity} is {value} .",
+                    f"{value} is the work of {entity} .",
+                ),
             ),
         }[relation]
         return Item("facts", prompt, value, rng.choice(raws))
