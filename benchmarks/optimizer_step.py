@@ -101,7 +101,8 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in times.items()}
     count = sum(value.numel() for value in reference.values())
     print(
-        f"{count / 1e6:.1f}M float32 parameters, torch {torch.__version__}, {platform.processor() or platform.machine()}, one thread"
+        f"{count / 1e6:.1f}M float32 parameters, torch {torch.__version__}, {platform.machine()}, one thread, "
+        f"{options.rounds} rounds"
     )
     print("\n| optimizer | CPU ms a step | ÷ fused AdamW |\n|---|---|---|")
     for name, median in medians.items():

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +121,13 @@ def against_mergekit(work: Path, paths: list[Path], repeats: int) -> dict[str, A
             warm(read)
             out = work / "out"
             taken[name]["ours"].append(cpu([*COMMAND, *arguments, "-o", str(out), "--quiet", "--workers", "1"], out))
+            print(f"  {name}: ours {taken[name]['ours'][-1][0]:.2f} s", file=sys.stderr, flush=True)
             if driver is not None:
                 (work / "recipe.yaml").write_text(yaml.safe_dump(recipe))
                 warm(read)
                 command = [str(driver), "--quiet", "--no-copy-tokenizer", str(work / "recipe.yaml"), str(out)]
                 taken[name]["mergekit"].append(cpu(command, out))
+                print(f"  {name}: mergekit {taken[name]['mergekit'][-1][0]:.2f} s", file=sys.stderr, flush=True)
     for name, both in taken.items():
         row: dict[str, Any] = {"ours_s": median(both["ours"], 0), "ours_mb": max(mb for _, mb in both["ours"])}
         if both["mergekit"]:
@@ -208,16 +211,19 @@ from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
 import paretune as pt
 pre, post = sys.argv[1:]
-AutoModelForCausalLM.from_pretrained(post, dtype="auto")  # what is imported and cached once is nobody's cost
-loads, sets = [], []
-for i in range(3):
+process = time.process_time()
+loads = []
+for i in range(4):
     t = time.process_time(); model = AutoModelForCausalLM.from_pretrained(post, dtype="auto")
-    sum(float(p.view(-1)[::1024].float().sum()) for p in model.parameters())  # pages that are mapped are not read yet
     loads.append(time.process_time() - t)
-    live = pt.LiveMerge(model, pre=pre, post=post)
-    live.set(0.5)
+t = time.process_time(); AutoModelForCausalLM.from_pretrained(post, dtype=torch.float32)
+copied = time.process_time() - t
+live = pt.LiveMerge(model, pre=pre, post=post)
+live.set(0.5)  # the first one also copies the pages that from_pretrained has mapped
+sets = []
+for i in range(3):
     t = time.process_time(); live.set(0.1 + 0.2 * i); sets.append(time.process_time() - t)
-print(sorted(loads)[1], sorted(sets)[1])
+print(process + loads[0], loads[0], sorted(loads[1:])[1], copied, sorted(sets)[1])
 """
 
 
@@ -229,13 +235,14 @@ def live(work: Path, paths: list[Path], repeats: int) -> dict[str, Any]:
         warm(paths[:2])
         command = [sys.executable, "-c", LIVE, str(paths[0]), str(paths[1])]
         done = subprocess.run(command, env=os.environ | ONE_THREAD, capture_output=True, text=True, check=True)
-        loaded, dialled = map(float, done.stdout.split())
-        rows.append((loaded, dialled))
-    found = {
-        "from_pretrained_s": round(statistics.median(row[0] for row in rows), 2),
-        "set_s": round(statistics.median(row[1] for row in rows), 2),
-        "ratio": round(statistics.median(row[1] / row[0] for row in rows), 3),
-    }
+        rows.append(list(map(float, done.stdout.split())))
+    found: dict[str, Any] = {"set_s": round(statistics.median(row[-1] for row in rows), 2)}
+    names = ("a process that loads the model", "the first load", "a further load, mapped", "a further load, converted")
+    for column, name in enumerate(names):
+        found[name] = {
+            "s": round(statistics.median(row[column] for row in rows), 2),
+            "set ÷ it": round(statistics.median(row[-1] / row[column] for row in rows), 3),
+        }
     print(f"  {found}", flush=True)
     return found
 
@@ -243,8 +250,10 @@ def live(work: Path, paths: list[Path], repeats: int) -> dict[str, Any]:
 def selection(work: Path, paths: list[Path], repeats: int) -> dict[str, Any]:
     """The exact k-th magnitude, in ns an element: held in memory, and streamed."""
     del work, paths
+    from paretune.merging.kernels import Workspace
     from paretune.merging.selection import find_cut, kth_largest
 
+    space = Workspace()
     found: dict[str, Any] = {}
     generator = np.random.default_rng(0)
     for name, n in (("held, 4M elements", 1 << 22), ("streamed, 64M elements", 1 << 26)):
@@ -253,14 +262,18 @@ def selection(work: Path, paths: list[Path], repeats: int) -> dict[str, Any]:
             keys = (values if kind == "smooth" else np.round(values, 1)).view(np.uint32)
             times: dict[str, list[float]] = {"cut": [], "k-th alone": []}
             for _ in range(max(3, repeats)):
-                measured("cut", times, n, lambda: find_cut(n, n // 5, lambda start, stop: keys[start:stop]))
+                measured("cut", times, n, partial(find_cut, n, n // 5, partial(part_of, keys), space.bits))
                 if n == 1 << 22:
-                    measured("k-th alone", times, n, lambda: kth_largest(keys, n // 5))
+                    measured("k-th alone", times, n, partial(kth_largest, keys, n // 5))
             for what, each in times.items():
                 if each:
                     found[f"{name}, {kind}: {what}"] = round(statistics.median(each), 2)
     print(f"  {found}", flush=True)
     return found
+
+
+def part_of(keys: np.ndarray, start: int, stop: int) -> np.ndarray:
+    return keys[start:stop]
 
 
 def measured(what: str, times: dict[str, list[float]], n: int, run: Callable[[], object]) -> None:

@@ -76,8 +76,10 @@ def answer_nll(model: Any, encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:
             ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
             labels[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
         # Padding is on the right and attention is causal: no answer sees it.
-        logits = model(input_ids=ids).logits[:, :-1].float()
-        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
+        logits, targets = model(input_ids=ids).logits[:, :-1], labels[:, 1:]
+        losses = torch.zeros(targets.shape)
+        asked = targets != -100
+        losses[asked] = torch.nn.functional.cross_entropy(logits[asked], targets[asked], reduction="none")
         nll[batch] = losses.sum(1).double().numpy()
     return nll, tokens
 

@@ -94,6 +94,49 @@ def test_bit_equal(
     assert records[1]["resumed_from"].endswith("checkpoint-3")
 
 
+def test_a_finished_run_keeps_its_record(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level("INFO", "paretune")
+    argv = tiny_models.arguments(world, "dpo", tmp_path, "--save_strategy", "steps", "--save_steps", 2)
+    record_file, model_file = tmp_path / "training.json", tmp_path / "model.safetensors"
+    assert main(argv) == 0
+    before = record_file.read_bytes(), model_file.stat().st_mtime_ns
+    assert json.loads(before[0])["metrics_cover_steps"] == [1, 4]
+    for value in ("true", tmp_path / "checkpoint-4"):
+        caplog.clear()
+        assert main([*argv, "--resume_from_checkpoint", str(value)]) == 0
+        assert (record_file.read_bytes(), model_file.stat().st_mtime_ns) == before
+        assert "finished before at step 4, nothing to do" in caplog.text
+    # nothing is left for other arguments either
+    capsys.readouterr()
+    assert main([*argv, "--resume_from_checkpoint", "true", "--beta", "0.7"]) == 2
+    assert "finished before at step 4 with another beta, and no step is left" in capsys.readouterr().err
+    assert record_file.read_bytes() == before[0]
+    # but for more steps there is, and for those after an earlier checkpoint
+    assert main([*argv, "--resume_from_checkpoint", str(tmp_path / "checkpoint-2")]) == 0
+    assert json.loads(record_file.read_text())["metrics_cover_steps"] == [3, 4]
+    assert main([*argv, "--resume_from_checkpoint", "true", "--max_steps", "6"]) == 0
+    record = json.loads(record_file.read_text())
+    assert (record["steps"], record["metrics_cover_steps"]) == (6, [5, 6])
+    losses = [entry["loss"] for entry in record["history"] if "loss" in entry]
+    assert len(losses) == 6
+    assert record["metrics"]["train_loss"] == pytest.approx(sum(losses[4:]) / 2, rel=1e-3)
+    assert "| train metrics cover steps | 5 to 6 (resumed) |" in (tmp_path / "README.md").read_text()
+
+
+def test_a_run_that_lacks_its_end_only_claims_no_loss(world: Path, tmp_path: Path) -> None:
+    """Stopped after the last step, before the model was saved."""
+    argv = tiny_models.arguments(world, "dpo", tmp_path, "--save_strategy", "steps", "--save_steps", 4)
+    assert main(argv) == 0
+    (tmp_path / "model.safetensors").unlink()
+    assert main([*argv, "--resume_from_checkpoint", "true"]) == 0
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert (record["status"], record["steps"], record["metrics_cover_steps"]) == ("finished", 4, None)
+    assert "train_loss" not in record["metrics"]
+    assert (tmp_path / "model.safetensors").is_file()
+
+
 def test_another_task_vector_is_refused(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more: list[object] = ["--optimizer", "ondare", "--density", 0.3, "--save_strategy", "steps", "--save_steps", 2]
     argv = tiny_models.arguments(world, "dpo", tmp_path, *more, "--base_model", world / "base")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tiny_models import arguments, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paretune.cli.main import main
+from paretune.training.trl_classes import quiet_deprecations
 
 
 def train(world: Path, trainer: str, output: Path, *more: object) -> dict[str, Any]:
@@ -235,6 +237,57 @@ def test_sweep(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert (tmp_path / "sweep.jsonl").stat().st_mtime_ns == before
     assert main(arguments(world, "dpo", tmp_path, *more, "--seed", 5)) == 2
     assert "holds points of other arguments" in capsys.readouterr().err
+
+
+def test_a_sweep_is_short_for_people(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--sweep", "beta=0.1,0.5", "--max_steps", 2, "--eval_strategy", "epoch"]
+    more += ["--eval_dataset_name", world / "dpo.jsonl"]
+    assert main(arguments(world, "dpo", tmp_path, *more)) == 0
+    first, second, last = capsys.readouterr().out.splitlines()
+    for line, beta in ((first, "0.1"), (second, "0.5")):
+        start, _, numbers = line.partition(": ")
+        assert start == f"beta {beta}"
+        names = [part.rsplit(" ", 1)[0] for part in numbers.split(", ")]
+        assert names == ["train_loss", "eval_loss", "eval_rewards/accuracies"]
+    assert last.startswith("2 points in ")
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_sweep_says_once_what_it_changes(
+    dry_run: bool,
+    world: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "paretune")
+    more = ["--sweep", "beta=0,0.5", "--max_steps", 1, "--use_cpu", "true", *(["--dry-run"] if dry_run else [])]
+    assert main(arguments(world, "grpo", tmp_path, *more)) == 0
+    said = capsys.readouterr().out if dry_run else "\n".join(record.message for record in caplog.records)
+    assert said.count("these unset arguments become bf16=false, gradient_checkpointing=false") == 1
+    assert said.count("grpo's beta is 0") == 1  # at one of the points
+
+
+def test_a_sweep_may_share_what_only_some_points_read(world: Path, tmp_path: Path) -> None:
+    more = ["--sweep", "optimizer=adamw,ondare", "--base_model", world / "base", "--dry-run"]
+    assert main(arguments(world, "dpo", tmp_path, *more)) == 0
+    more = ["--sweep", "child_tuning=f,d", "--child_density", 0.3, "--child_batches", 2, "--dry-run"]
+    assert main(arguments(world, "dpo", tmp_path, *more)) == 0
+
+
+def test_deprecations_within_trl_are_not_shown(world: Path, tmp_path: Path) -> None:
+    """They are transformers' with TRL; the filter ends with the run, and other warnings pass it."""
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        train(world, "dpo", tmp_path, "--max_steps", 1)
+        before = list(warnings.filters)
+        with quiet_deprecations():
+            warnings.warn("`is_gradient_checkpointing` is deprecated and will be removed", FutureWarning, stacklevel=1)
+            warnings.warn("something else is deprecated", FutureWarning, stacklevel=1)
+        assert warnings.filters == before
+    said = [str(warning.message) for warning in shown]
+    assert not any("is_gradient_checkpointing" in text for text in said)
+    assert "something else is deprecated" in said
 
 
 def test_says_what_it_changes(world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

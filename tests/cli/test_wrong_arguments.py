@@ -52,6 +52,43 @@ WRONG: dict[str, tuple[str, list[str], str]] = {
     "no tokenizer": ("kto", ["--model_name_or_path", "{tmp}/bare"], "tokenizer"),
     "no base there": ("dpo", [*ONLINE, "--base_model", "{tmp}"], "{tmp}"),
     "other base": ("dpo", [*ONLINE, "--base_model", "{tmp}/wide"], "base"),
+    "base absent": (
+        "dpo", [*ONLINE, "--base_model", "./absent"],
+        "base_model='./absent': no such file or directory; give a model directory or a hub id",
+    ),
+    "base not on the hub": (
+        "dpo", [*ONLINE, "--base_model", "nobody/absent"],
+        "base_model='nobody/absent': neither a local directory nor a hub model",
+    ),
+    "reference not on the hub": (
+        "sft", [*ONLINE, "--base_model", "{world}/base", "--reference_model", "nobody/absent"],
+        "reference_model='nobody/absent': neither a local directory nor a hub model",
+    ),
+    "pulling reference not on the hub": (
+        "sft", ["--l2_to_reference", "1", "--reference_model", "nobody/absent"],
+        "reference_model='nobody/absent': neither",
+    ),
+    "unread base": (
+        "dpo", ["--base_model", "{world}/base"],
+        "base_model='{world}/base': only online merging reads it; add --optimizer ondare or onties, or drop it",
+    ),
+    "unread base of adamw": ("dpo", ["--optimizer", "adamw", "--base_model", "{world}/base"], "add --optimizer ondare"),
+    "unread base in yaml": ("dpo", ["--config", "{tmp}/base.yaml"], "base_model='b': only online merging reads it"),
+    "unread vocab": ("dpo", ["--base_vocab", "pad"], "base_vocab='pad': it needs --base_model"),
+    "unread reference": (
+        "sft", ["--reference_model", "{world}/base"], "sft reads it with --base_model, --l2_to_reference or",
+    ),
+    "unread evaluation": (
+        "dpo", ["--eval_dataset_name", "absent.jsonl"],
+        "eval_dataset_name='absent.jsonl': nothing is evaluated; add --eval_strategy epoch or steps",
+    ),
+    "unread threshold": (
+        "dpo", ["--early_stopping_threshold", "0.1"],
+        "early_stopping_threshold=0.1: it needs --early_stopping_patience",
+    ),
+    "unread batches": ("dpo", ["--child_batches", "32"], "child_batches=32: only --child_tuning d reads it"),
+    "unread ema": ("dpo", ["--ema_evaluate", "false"], "ema_evaluate=False: it needs --ema_decay"),
+    "unread in a sweep": ("dpo", ["--sweep", "child_batches=3,4"], "child_batches=3: only --child_tuning d reads it"),
     "no reference": ("dpo", ["--reference_model", "./absent"], "reference_model='./absent': no such directory"),
     "pull too large": ("dpo", [*ONLINE, "--base_model", "{world}/base", "--pull", "9"], "pull=9.0: would need"),
     "no checkpoint": ("dpo", ["--resume_from_checkpoint", "true"], "resume_from_checkpoint='true'"),
@@ -81,6 +118,7 @@ def broken(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "broken.yaml").write_text("a: [")
     (directory / "list.yaml").write_text("- a")
     (directory / "unknown.yaml").write_text("densty: 0.1")
+    (directory / "base.yaml").write_text("base_model: b")
     shutil.copytree(world / "reference", directory / "bare")
     for file in (directory / "bare").iterdir():
         if "token" in file.name or "chat" in file.name:

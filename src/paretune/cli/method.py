@@ -49,7 +49,7 @@ def build_method(request: Request, *, planning: bool = False) -> Method:
     if own.child_tuning is not None:
         _add_child_tuning(method, request)
     if own.l2_to_reference or own.l1_to_reference:
-        _add_anchor(method, request)
+        _add_anchor(method, request, planning)
     if own.ema_decay is not None:
         _add_average(method, own.ema_decay)
     if request.model.use_peft:
@@ -104,11 +104,29 @@ def _online(request: Request, planning: bool) -> Method:
 
 
 def _task_vector(request: Request) -> TaskVector:
+    _check_readable("base_model", str(request.own.base_model))
+    _check_readable(*_reference(request))
     tau = TaskVector.between(
         base=str(request.own.base_model), reference=request.reference_path, base_vocab=request.own.base_vocab
     )
     tau.match(_shapes(request))
     return tau
+
+
+def _reference(request: Request) -> tuple[str, str]:
+    """The reference, and the argument that named it."""
+    return ("reference_model" if request.own.reference_model else "model_name_or_path"), request.reference_path
+
+
+def _check_readable(argument: str, path: str) -> None:
+    """Open a checkpoint's headers, so that what is wrong with them is said with the argument's name."""
+    from paretune.checkpoint import Checkpoint
+
+    try:
+        Checkpoint(path)
+    except CheckpointError as error:
+        mend = "" if os.path.exists(path) else "; give a model directory or a hub id"
+        raise CheckpointError(f"{argument}={path!r}: {str(error).removeprefix(f'{path}: ')}{mend}") from error
 
 
 def _shapes(request: Request) -> dict[str, tuple[int, ...]]:
@@ -159,10 +177,12 @@ def _add_child_tuning(method: Method, request: Request) -> None:
     method.state_bytes["child"] = 1.0 if own.child_tuning == "d" else 0.0
 
 
-def _add_anchor(method: Method, request: Request) -> None:
+def _add_anchor(method: Method, request: Request, planning: bool) -> None:
     from paretune.optim.anchor import Anchor
 
     own = request.own
+    if not planning or is_at_hand(request.reference_path):
+        _check_readable(*_reference(request))
 
     def wrap(inner: Optimizer) -> Optimizer:
         return Anchor(inner, request.reference_path, l2=own.l2_to_reference or 0.0, l1=own.l1_to_reference or 0.0)

@@ -51,13 +51,13 @@ class _Deferred(OneLineParser):
 def run_command(parsed: Parsed) -> int:
     """Do what was asked: plan, sweep or train."""
     from paretune.log import get
+    from paretune.training.trl_classes import quiet_deprecations
 
     get("cli")  # lets what the run says reach stderr
-    parsed.request.notices += _notices(parsed)
     if not sys.stderr.isatty():
         _hide_loading_bars()
     # Trainers print their logs on stdout; it belongs to the result.
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), quiet_deprecations():
         result, lines = _dispatch(parsed)
     if os.environ.get("RANK", "0") == "0":  # one process speaks for all
         print(json.dumps(result, ensure_ascii=False) if parsed.json else "\n".join(lines))
@@ -70,8 +70,11 @@ def _dispatch(parsed: Parsed) -> tuple[Any, list[str]]:
     if parsed.sweep:
         return _sweep(parsed)
     from paretune.training.build import check_model
+    from paretune.training.unread import check_read
 
     request = parsed.request
+    check_read([request])
+    request.notices += _notices(parsed)
     if not parsed.dry_run or _model_is_local(request):
         check_model(request)
     if parsed.dry_run:
@@ -87,10 +90,12 @@ def _dispatch(parsed: Parsed) -> tuple[Any, list[str]]:
 
 def _sweep(parsed: Parsed) -> tuple[Any, list[str]]:
     from paretune.cli.method import build_method
+    from paretune.log import get
     from paretune.training.records import as_plain
     from paretune.training.resume import last_checkpoint
     from paretune.training.runs import run
     from paretune.training.sweep import SWEEP_RECORDS, parse_axes, points, run_sweep, settings_digest
+    from paretune.training.unread import check_read
 
     request = parsed.request
     known = {name for part in (request.script, request.training, request.model, request.own) for name in as_plain(part)}
@@ -109,7 +114,9 @@ def _sweep(parsed: Parsed) -> tuple[Any, list[str]]:
         return parse(request.trainer, _without_sweep(parsed.argv), overrides)
 
     def train(point: dict[str, str], directory: Path) -> dict[str, Any]:
-        here = parse_point(point, directory).request
+        own = parse_point(point, directory)
+        here = own.request
+        here.notices += [text for text in _notices(own) if text not in said]
         record = run(here, build_method(here)).record
         _release_memory()
         return record
@@ -117,20 +124,27 @@ def _sweep(parsed: Parsed) -> tuple[Any, list[str]]:
     grid = points(axes)
     # Every point is parsed before the first is trained: a bad value must not surface after hours.
     parsed_points = [parse_point(point, output / "point") for point in grid]
+    check_read([each.request for each in parsed_points])
+    for each in parsed_points:
+        each.request.notices += _notices(each)
+    said = _in_all([each.request.notices for each in parsed_points])  # once for all points
     if parsed.dry_run:
         from paretune.training.plan import make_plan
 
         plans = [make_plan(each.request, build_method(each.request, planning=True)) for each in parsed_points]
         result = [{"point": point, **plan.to_dict()} for point, plan in zip(grid, plans, strict=True)]
-        lines = [
-            line
-            for point, plan in zip(grid, plans, strict=True)
-            for line in (_point_name(point) + ":", *(f"  {text}" for text in plan.lines()))
-        ]
-        return result, lines
+        # What holds at every point is said once.
+        shared = [f"note: {note}" for note in _in_all([plan.notes for plan in plans])]
+        lines = []
+        for point, plan in zip(grid, plans, strict=True):
+            lines.append(_point_name(point) + ":")
+            lines += [f"  {text}" for text in plan.lines() if text not in shared]
+        return result, [*lines, *shared]
+    for notice in said:
+        get("cli").info(notice)
     digest = settings_digest({name: value for name, value in request.given.items() if name not in axes})
     found = run_sweep(grid, output, digest, train)
-    lines = [f"{_point_name(record['point'])}: {_metrics_line(record['metrics'])}" for record in found]
+    lines = [f"{_point_name(record['point'])}: {_point_line(record)}" for record in found]
     return found, [*lines, f"{len(found)} points in {output / SWEEP_RECORDS}"]
 
 
@@ -138,12 +152,34 @@ def _summary(record: dict[str, Any]) -> list[str]:
     lines = [f"{record['trainer']} with {record['optimizer']['name']}: {record['steps']} steps"]
     if record["optimizer"]["statement"]:
         lines.append(record["optimizer"]["statement"])
-    return [*lines, _metrics_line(record["metrics"]), f"saved in {record['output_dir']}"]
+    lines.append(_metrics_line(record["metrics"]))
+    covered = record.get("metrics_cover_steps")
+    if covered and covered[0] > 1:
+        lines.append(f"resumed: the metrics of training cover steps {covered[0]} to {covered[1]}")
+    return [*lines, f"saved in {record['output_dir']}"]
 
 
 def _metrics_line(metrics: dict[str, Any]) -> str:
     shown = [f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float)]
     return ", ".join(shown)
+
+
+def _point_line(record: dict[str, Any]) -> str:
+    """What points are compared by; ``sweep.jsonl`` has all of it."""
+    values = dict(record["metrics"])
+    if "eval_reward" not in values and "reward" in record["last_log"]:
+        values["last reward"] = record["last_log"]["reward"]
+    shown = ("train_loss", "eval_loss", "eval_rewards/accuracies", "eval_reward", "last reward")
+    found = {name: values[name] for name in shown if name in values}
+    # A number that is not finite is a string in records.
+    return ", ".join(
+        f"{name} {value}" if isinstance(value, str) else f"{name} {value:.4g}" for name, value in found.items()
+    )
+
+
+def _in_all(lists: list[list[str]]) -> list[str]:
+    """The texts of the first list that are in every other too."""
+    return [text for text in lists[0] if all(text in others for others in lists)] if lists else []
 
 
 def _point_name(point: dict[str, str]) -> str:

@@ -102,7 +102,8 @@ def parse(trainer: str, argv: list[str], overrides: Sequence[str] = ()) -> Parse
         trainer=trainer, script=script, training=training, model=model, mixture=mixture, own=own, given=given,
         command=["train", trainer, *everything],
     )  # fmt: skip
-    check(own, trainer=trainer, uses_peft=bool(model.use_peft), model=model.model_name_or_path)
+    if not namespace.sweep:  # what goes together is known of each point only, and a point is parsed as a run
+        check(own, trainer=trainer, uses_peft=bool(model.use_peft), model=model.model_name_or_path)
     return Parsed(request, namespace.sweep or [], namespace.json, namespace.dry_run, cpu_defaults, overridden, argv)
 
 

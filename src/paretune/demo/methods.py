@@ -177,7 +177,9 @@ def _child(bench: Bench, row: Row, named: Any, settings: DPOSettings) -> Optimiz
     mode, density = row.hyperparameters["mode"], row.hyperparameters["density"]
     fisher = None
     if mode == "D":
-        fisher = fisher_information(bench.model(), [list(range(i, i + 16)) for i in range(0, 256, 16)], _dpo(bench))
+        count = min(256, len(bench.pairs.ids))
+        batches = [list(range(i, min(i + 16, count))) for i in range(0, count, 16)]
+        fisher = fisher_information(bench.model(), batches, _dpo(bench))
     return ChildTuning(adamw(named, settings), mode=mode, density=density, seed=settings.seed, fisher=fisher)
 
 

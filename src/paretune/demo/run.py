@@ -18,6 +18,7 @@ from typing import Any
 from paretune.demo.methods import Bench, Row, rows
 from paretune.demo.pretrain import Recipe, prepare
 from paretune.demo.world import World
+from paretune.training.trl_classes import quiet_deprecations
 
 Report = Callable[[str, int, int], None]  # (what, done, of)
 Points = list[dict[str, Any]]
@@ -122,6 +123,7 @@ def _prepare(seed: int, cache: Path | None, told: Any) -> None:
     prepare(Recipe(World(seed=seed)), cache, progress)
 
 
+@quiet_deprecations()
 def _make(seed: int, index: int, quick: bool, out: Path, cache: Path | None) -> None:
     """Makes and measures the points of one row, and writes their record."""
     import torch

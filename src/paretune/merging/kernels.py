@@ -23,6 +23,7 @@ from .views import View
 CHUNK = BLOCK
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
+_HAIR = np.float32(1e-37)
 _ROW = 4096  # products are summed in float32 within rows of this many elements, and in float64 across rows
 
 Emit = Callable[[int, np.ndarray], None]
@@ -44,9 +45,10 @@ class Workspace:
     def get(self, role: str, n: int, dtype: str, number: int = 0) -> np.ndarray:
         """The first n elements of the buffer that is used for this role."""
         key = (role, number, dtype)
-        if key not in self._buffers:
-            self._buffers[key] = np.empty(max(self.chunk, BLOCK), dtype)
-        return self._buffers[key][:n]
+        found = self._buffers.get(key)
+        if found is None or found.size < n:
+            found = self._buffers[key] = np.empty(max(self.chunk, BLOCK, n), dtype)
+        return found[:n]
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,13 @@ class Kernel:
         vectors = self._vectors(part, start, stop, space)
         if self.rule.sparsify and not self.allow_non_finite:
             for number, vector in enumerate(vectors):
-                if _largest(vector.view(np.uint32), space) >= _INFINITY["F32"]:
+                # What a cut was made of has been looked at; and nothing that is kept whole escapes the last look.
+                dropped = any(each.densities[number] < 1 for each in ready)
+                if (
+                    self.rule.sparsify == "random"
+                    and dropped
+                    and _largest(vector.view(np.uint32), space) >= _INFINITY["F32"]
+                ):
                     raise self._not_finite(part, start, stop, space, number)
         for number, each in enumerate(ready):
             stored = space.get("stored", n, str(np.dtype(STORED[part.kind])))
@@ -182,8 +190,11 @@ class Kernel:
             _scale(vectors[0], ready.scale)
             return vectors[0]
         total, elected = space.floats("elected", n), space.bits("elected", n)
-        np.copyto(total, vectors[0])
-        for vector in vectors[1:]:
+        if len(vectors) > 1:
+            np.add(vectors[0], vectors[1], out=total)
+        else:
+            np.copyto(total, vectors[0])
+        for vector in vectors[2:]:
             np.add(total, vector, out=total)
         sign = total.view(np.uint32)
         _nonzero_mask(sign, elected)  # a sum of zero elects nobody
@@ -193,20 +204,21 @@ class Kernel:
             bits = vector.view(np.uint32)
             np.bitwise_xor(bits, sign, out=weight)  # the sign bit is set where the signs agree
             _spread_sign(weight)
-            np.bitwise_and(weight, elected, out=weight)
             np.bitwise_and(bits, weight, out=bits)
             if ready.normalize:
                 _nonzero_mask(bits, weight)
                 np.bitwise_and(weight, np.float32(ready.weights[number]).view(np.uint32), out=weight)
-                if number == 0:
-                    np.copyto(divisor, weight.view(np.float32))
-                else:
-                    np.add(divisor, weight.view(np.float32), out=divisor)
+                # Nothing but a hair where nobody agrees: what is divided by it there is 0.
+                np.add(divisor if number else _HAIR, weight.view(np.float32), out=divisor)
         result = vectors[0]
         for vector in vectors[1:]:
             np.add(result, vector, out=result)
+        np.bitwise_and(result.view(np.uint32), elected, out=result.view(np.uint32))
         if ready.normalize:
-            np.add(divisor, divisor == 0, out=divisor)  # where nothing is left, 0/1
+            if (
+                min(ready.weights) < 0
+            ):  # weights of those who agree may cancel: their sum stays as it is, like mergekit's
+                np.copyto(divisor, 1, where=np.abs(divisor) < 1e-8)
             np.divide(result, divisor, out=result)
         _scale(result, ready.scale)
         return result
@@ -275,8 +287,10 @@ class Kernel:
             raise TypeError("a cut is made of a task vector")
         source, base = part.sources[number], part.base
         release = _Releaser((source, base))
+        largest = 0
 
         def keys(start: int, stop: int) -> Bits:
+            nonlocal largest
             vector, other = space.floats("vector", stop - start), space.floats("base", stop - start)
             source.fill(start, stop, vector)
             base.fill(start, stop, other)
@@ -284,9 +298,14 @@ class Kernel:
                 np.subtract(vector, other, out=vector)
             release(start, stop)
             bits = vector.view(np.uint32)
-            return np.bitwise_and(bits, _MAGNITUDE, out=bits)
+            np.bitwise_and(bits, _MAGNITUDE, out=bits)
+            largest = max(largest, int(bits.max(initial=0)))
+            return bits
 
-        return find_cut(part.numel, max(1, int(density * part.numel)), keys)
+        cut = find_cut(part.numel, max(1, int(density * part.numel)), keys, space.bits)
+        if largest >= _INFINITY["F32"] and not self.allow_non_finite:
+            raise self._not_finite(part, 0, part.numel, space, number)
+        return cut
 
     def _release(self, part: Part, start: int, stop: int) -> None:
         if (start and start % _Releaser.STRIDE == 0) or stop == part.numel:

@@ -153,6 +153,7 @@ def _dial(parameter: Tensor, pre: View, post: View, alpha: float) -> None:
     n = parameter.numel()
     low, high = np.empty(min(n, CHUNK), np.float32), np.empty(min(n, CHUNK), np.float32)
     wide = parameter.dtype in (torch.float32, torch.float64)
+    sums = np.empty((2, min(n, CHUNK) if wide else 0))
     with torch.no_grad():
         for start in range(0, n, CHUNK):
             stop = min(n, start + CHUNK)
@@ -163,8 +164,11 @@ def _dial(parameter: Tensor, pre: View, post: View, alpha: float) -> None:
                 continue
             pre.fill(start, stop, a)
             post.fill(start, stop, b)
-            if wide:
-                target[start:stop].copy_(torch.from_numpy(a * np.float64(alpha) + b * np.float64(1 - alpha)))
+            if wide:  # the same as the offline merge of float32 models
+                x, y = sums[0][: stop - start], sums[1][: stop - start]
+                np.multiply(a, alpha, out=x, dtype=np.float64)
+                np.multiply(b, 1 - alpha, out=y, dtype=np.float64)
+                target[start:stop].copy_(torch.from_numpy(np.add(x, y, out=x)))
                 continue
             np.multiply(a, np.float32(alpha), out=a)
             np.multiply(b, np.float32(1 - alpha), out=b)

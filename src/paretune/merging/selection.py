@@ -21,6 +21,11 @@ _RUN = 32  # elements at each place that the sample looks at
 _SAMPLE = 1 << 14
 
 Keys = Callable[[int, int], Bits]  # the magnitudes of a range, valid until the next call
+Room = Callable[[str, int], Bits]  # memory for so many words, the same for the same name
+
+
+def _new(name: str, n: int) -> Bits:
+    return np.empty(n, np.uint32)
 
 
 @dataclass(frozen=True)
@@ -39,22 +44,24 @@ class Cut:
 EVERYTHING = Cut(1)  # every entry but zeros, whose magnitude is 0
 
 
-def find_cut(n: int, k: int, keys: Keys) -> Cut:
+def find_cut(n: int, k: int, keys: Keys, room: Room = _new) -> Cut:
     """The cut that keeps the k largest of n magnitudes.
 
     Args:
         n: how many there are.
         k: how many are wanted.
         keys: computes magnitudes, as bits, where asked.
+        room: gives two arrays of up to `HELD` words; new memory would cost more than the search.
     """
     if k >= n:
         return EVERYTHING
     if n <= HELD:
-        held = np.empty(n, np.uint32)
+        held, order = room("held", n), room("order", n)
         for start in range(0, n, BLOCK):
             stop = min(n, start + BLOCK)
             held[start:stop] = keys(start, stop)
-        return _cut(held, k)
+        np.copyto(order, held)
+        return _cut(held, order, k)
     found = _threshold(n, k, keys)
     if found == 0:
         return EVERYTHING
@@ -104,13 +111,17 @@ def kth_largest(keys: Bits, k: int) -> int:
     return int(copy[keys.size - k])
 
 
-def _cut(held: Bits, k: int) -> Cut:
-    threshold = kth_largest(held, k)
+def _cut(held: Bits, order: Bits, k: int) -> Cut:
+    """The cut of magnitudes that are at hand twice; ``order`` is put in another order."""
+    order.partition(held.size - k)
+    top = order[held.size - k :]
+    threshold = int(top[0])
     if threshold == 0:
         return EVERYTHING
-    above = int(np.count_nonzero(held > threshold))
-    tie = held == threshold
-    tied = np.array([np.count_nonzero(tie[i : i + BLOCK]) for i in range(0, held.size, BLOCK)], np.int64)
+    above = int(np.count_nonzero(top > threshold))
+    tied = np.empty(-(-held.size // BLOCK), np.int64)
+    for block, start in enumerate(range(0, held.size, BLOCK)):
+        tied[block] = np.count_nonzero(held[start : start + BLOCK] == threshold)
     return _spread(threshold, k - above, tied)
 
 

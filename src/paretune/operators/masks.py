@@ -116,7 +116,8 @@ def _drawn(
     while drawn == 0 or bool((at < PAGE).any()):  # until every page is full to its end
         counter = pages * PAGE + torch.arange(drawn, drawn + draws, dtype=torch.int64, device=pages.device)
         # 1 + floor(log u / log(1−p)) is the distance to the next kept element.
-        gap = _uniform(words, counter).log_().mul_(1 / math.log1p(-density)).floor_().add_(1).clamp_(max=PAGE + 1).to(torch.int64)
+        gap = _uniform(words, counter).log_().mul_(1 / math.log1p(-density)).floor_().add_(1)
+        gap = gap.clamp_(max=PAGE + 1).to(torch.int64)
         position = gap.cumsum(1).add_(at)
         positions.append(position)
         at = position[:, -1:]

@@ -145,6 +145,9 @@ def model_card(record: Mapping[str, Any]) -> str:
         lines.append(f"| beta | {training['beta']} |")
     lines += [f"| {name} | {value} |" for name, value in record["given"].items() if name in own and value is not None]
     lines += [f"| {name} | {value} |" for name, value in record["metrics"].items() if isinstance(value, float)]
+    covered = record.get("metrics_cover_steps")
+    if covered and covered[0] > 1:
+        lines.append(f"| train metrics cover steps | {covered[0]} to {covered[1]} (resumed) |")
     statement = record["optimizer"].get("statement")
     if statement:
         lines += ["", statement]

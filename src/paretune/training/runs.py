@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from paretune.training import records
 from paretune.training.build import Data, check_model, load_data, make_trainer
 from paretune.training.data import fingerprint
 from paretune.training.request import Method, Request
-from paretune.training.resume import find_checkpoint
+from paretune.training.resume import changed_arguments, find_checkpoint, finished_record, step_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -27,15 +26,15 @@ class Run:
 
     Args:
         record: what ``training.json`` holds.
-        trainer: the trainer, with the final model.
+        trainer: the trainer, with the final model; None where the run had finished before.
     """
 
     record: dict[str, Any]
-    trainer: Trainer
+    trainer: Trainer | None
 
 
 def run(request: Request, method: Method) -> Run:
-    """Train, save, record.
+    """Train, save, record. A run that finished before keeps its record and its model.
 
     Args:
         request: checked by :func:`paretune.training.arguments.check`.
@@ -57,6 +56,13 @@ def run(request: Request, method: Method) -> Run:
     output = Path(str(arguments.output_dir))
     checkpoint = find_checkpoint(arguments.resume_from_checkpoint, output)
     _check_early_stopping(request)
+    finished = None
+    if checkpoint is not None:
+        newest = str(arguments.resume_from_checkpoint).lower() == "true"
+        finished = finished_record(output, checkpoint, newest=newest)
+    if finished is not None and not changed_arguments(finished["given"], request.given):
+        _logger.info(f"{output}: finished before at step {finished['steps']}, nothing to do; its record is kept")
+        return Run(finished, None)
     check_model(request)
     data = load_data(request)
     trajectory = Trajectory(resume_from=checkpoint)
@@ -75,20 +81,33 @@ def run(request: Request, method: Method) -> Run:
         attach(trainer, method.factory)
     if method.before_training is not None:
         method.before_training(trainer)
+    begin = 0
     if checkpoint is not None:
+        begin = step_of(checkpoint)
+        if finished is not None and begin >= total_steps(trainer):
+            other = ", ".join(changed_arguments(finished["given"], request.given))
+            raise ArgumentError(
+                "resume_from_checkpoint",
+                str(arguments.resume_from_checkpoint),
+                f"that run finished before at step {finished['steps']} with another {other}, and no step is left; "
+                "raise --max_steps or --num_train_epochs, or start without it in another --output_dir",
+            )
         _check_generation_boundary(request, checkpoint)
         record["resumed_from"] = str(checkpoint)
     record["steps"] = total_steps(trainer)
     _write(record, trainer, output)
     outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    metrics = dict(outcome.metrics)
+    end = trainer.state.global_step
+    # The trainer's sums and means are over the steps of this session; over none they would read as a loss of 0.
+    metrics = dict(outcome.metrics) if end > begin else {}
     if data.evaluation is not None:
         metrics.update(trainer.evaluate())
     trainer.save_model(str(output))
     record.update(
         status="finished",
-        steps=trainer.state.global_step,
+        steps=end,
         metrics=metrics,
+        metrics_cover_steps=[begin + 1, end] if end > begin else None,
         seconds=round(trajectory.seconds, 3),
         history=trajectory.records,
         last_log=next((entry for entry in reversed(trajectory.records) if "loss" in entry), {}),
@@ -137,6 +156,7 @@ def _begin_record(request: Request, method: Method, data: Data, output: Path) ->
         "resumed_from": None,
         "steps": None,
         "metrics": {},
+        "metrics_cover_steps": None,
         "last_log": {},
         "history": [],
     }
@@ -189,8 +209,7 @@ def _check_generation_boundary(request: Request, checkpoint: Path) -> None:
     if request.trainer != "grpo":
         return
     arguments: Any = request.training
-    step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
-    batches = step * arguments.gradient_accumulation_steps
+    batches = step_of(checkpoint) * arguments.gradient_accumulation_steps
     period = (arguments.steps_per_generation or arguments.gradient_accumulation_steps) * arguments.num_iterations
     if batches % period:
         every = period // arguments.gradient_accumulation_steps

@@ -13,12 +13,11 @@ from typing import Any
 
 from paretune.errors import ArgumentError, PareTuneError
 from paretune.training import records
+from paretune.training.resume import FREE
 
 SWEEP_RECORDS = "sweep.jsonl"
 
 _logger = logging.getLogger("paretune.training")
-# Of no influence on a point's numbers.
-_FREE = ("sweep", "output_dir", "resume_from_checkpoint", "json", "dry_run", "config", "run_name", "logging_dir")
 
 Point = dict[str, str]
 
@@ -41,7 +40,7 @@ def parse_axes(texts: Sequence[str], known: Iterable[str]) -> dict[str, list[str
         values = [value.strip() for value in rest.split(",") if value.strip()]
         if not separator or not name or not values:
             raise ArgumentError("sweep", text, "write it as name=value,value, for example density=1e-3,1e-2")
-        if name not in names or name in _FREE:
+        if name not in names or name in FREE:
             raise ArgumentError("sweep", text, f"{name} is no argument of this command that can be swept")
         if name in axes or len(set(values)) < len(values):
             raise ArgumentError("sweep", text, "this axis or value is there twice; give each once")
@@ -65,7 +64,7 @@ def settings_digest(given: Mapping[str, Any]) -> str:
     Args:
         given: the arguments that were set, by name.
     """
-    kept = {name: records.jsonable(value) for name, value in given.items() if name not in _FREE}
+    kept = {name: records.jsonable(value) for name, value in given.items() if name not in FREE}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 

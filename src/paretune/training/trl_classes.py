@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -34,6 +36,14 @@ def argument_classes(trainer: str) -> tuple[Any, Any, Any, Any]:
     if trainer == "grpo":
         script = importlib.import_module("trl.scripts.grpo").GRPOScriptArguments
     return script, _stable(f"{trainer.upper()}Config"), trl().ModelConfig, trl().DatasetMixtureConfig
+
+
+@contextmanager
+def quiet_deprecations() -> Iterator[None]:
+    """Silence what transformers deprecates in TRL's own code: no user can mend it. Every other warning is shown."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def _stable(name: str) -> Any:
