@@ -15,7 +15,7 @@ from .kernels import CHUNK
 from .methods import METHODS
 from .output import Output
 from .plan import SHARD_BYTES, Plan, make_plan
-from .recipe import Recipe, Slice, Source, check_method, kind_of, load
+from .recipe import Recipe, Slice, Source, arranged, check_method, kind_of, load
 from .settings import Partwise
 from .stream import Progress, checked_workers, stream
 
@@ -86,7 +86,7 @@ def merge(
         models: ``{path: weight}``, ``{path: {"weight": …, "density": …}}`` or a list of paths. A path is a directory,
             a file, a hub id, or ``MODEL+ADAPTER``. A weight is a number, a list (interpolated over the layers) or a
             list of ``{"filter": part of a tensor's name, "value": …}``.
-        base: the base model of methods that add task vectors.
+        base: the base model of methods that add task vectors; for slerp, which of the two t = 0 is.
         out: the directory to write; must not exist or be empty.
         density: the kept fraction of task vectors, in (0, 1]; of all models.
         seed: of random masks.
@@ -175,7 +175,10 @@ def build(
             parameters["t"] = _share(low, high)
         sources = [Source(source.model) for source in sources]
     given_base = None if base is None else os.fspath(base)
-    return Recipe(method, (Slice(tuple(sources)),), given_base, parameters, kind_of(dtype), tokenizer, seed, vocab)
+    slices: tuple[Slice, ...] = (Slice(tuple(sources)),)
+    if method == "slerp" and given_base is not None:
+        slices, given_base = arranged(method, slices, given_base)
+    return Recipe(method, slices, given_base, parameters, kind_of(dtype), tokenizer, seed, vocab)
 
 
 def _share(low: Any, high: Any) -> float:

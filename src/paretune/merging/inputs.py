@@ -82,14 +82,7 @@ class Model:
         """A hash of names, dtypes, shapes and samples of every tensor: independent of paths and of sharding."""
         digest = hashlib.sha256()
         for checkpoint in [self.checkpoint, *(adapter.checkpoint for adapter in self.adapters)]:
-            for name in sorted(checkpoint):
-                info = checkpoint[name]
-                digest.update(f"{name}\0{info.kind}\0{info.shape}\0".encode(errors="surrogatepass"))
-                size = info.stop - info.start
-                view = memoryview(checkpoint.mapped(info.file)) if size else memoryview(b"")
-                last = max(0, size - _SAMPLE)
-                for place in sorted({info.start + last * i // (_SAMPLES - 1) for i in range(_SAMPLES)}):
-                    digest.update(view[place : min(info.stop, place + _SAMPLE)])
+            _sample(checkpoint, digest)
         for adapter in self.adapters:
             digest.update(json.dumps(adapter.config, sort_keys=True).encode())
         return digest.hexdigest()[:32]
@@ -118,6 +111,23 @@ class Model:
         """Token → number, from ``tokenizer.json``; None where there is none."""
         file = self.checkpoint.companion("tokenizer.json")
         return None if file is None else read_vocabulary(file)
+
+
+def _sample(checkpoint: Checkpoint, digest: hashlib._Hash) -> None:
+    # Read, not mapped: touching a mapped page makes its neighbours resident, and there are many tensors.
+    open_files: dict[Path, int] = {}
+    try:
+        for name in sorted(checkpoint):
+            info = checkpoint[name]
+            digest.update(f"{name}\0{info.kind}\0{info.shape}\0".encode(errors="surrogatepass"))
+            if info.file not in open_files:
+                open_files[info.file] = os.open(info.file, os.O_RDONLY | os.O_CLOEXEC)
+            last = max(0, info.stop - info.start - _SAMPLE)
+            for place in sorted({info.start + last * i // (_SAMPLES - 1) for i in range(_SAMPLES)}):
+                digest.update(os.pread(open_files[info.file], min(info.stop - place, _SAMPLE), place))
+    finally:
+        for descriptor in open_files.values():
+            os.close(descriptor)
 
 
 def read_vocabulary(file: Path) -> dict[str, int]:

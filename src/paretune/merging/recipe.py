@@ -202,7 +202,7 @@ def from_dict(content: Any, *, seed: int = 0, vocab: str = "strict") -> Recipe:
     else:
         slices = tuple(_slice(each) for each in _list(content["slices"], "slices"))
     parameters = dict(_mapping(content.get("parameters") or {}, "parameters"))
-    slices, base = _arranged(method, slices, base)
+    slices, base = arranged(method, slices, base)
     recipe = Recipe(
         method,
         tuple(_mergekit_rescale(method, each) for each in slices),
@@ -216,7 +216,7 @@ def from_dict(content: Any, *, seed: int = 0, vocab: str = "strict") -> Recipe:
     return recipe
 
 
-def _arranged(method: str, slices: tuple[Slice, ...], base: str | None) -> tuple[tuple[Slice, ...], str | None]:
+def arranged(method: str, slices: tuple[Slice, ...], base: str | None) -> tuple[tuple[Slice, ...], str | None]:
     """The base is often listed among the models: it adds nothing to itself; for slerp it says which end t = 0 is."""
     if METHODS[method].base != "no" and base is not None:
         slices = tuple(

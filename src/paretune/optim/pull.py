@@ -93,7 +93,7 @@ class Amount:
         text += f"{self.density:.3g}, every {self.every})"
         if self.weight == 0:
             text = f"{self.method}: weight 0, no τ is added (density {self.density:.3g}, every {self.every})"
-        elif self.lost > 0:
+        elif self.lost >= 5e-4:  # less would print as 0.0%
             text += f"; {self.lost:.1%} of these additions are lost to rounding"
         if self.passed is None:
             text += (
