@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import random
 from pathlib import Path
@@ -103,6 +105,9 @@ def write_rows(path: Path, kind: str, count: int = 16, seed: int = 0) -> str:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with ``base``, ``reference`` and ``dpo.jsonl``, ``kto.jsonl``, ``sft.jsonl``, ``grpo.jsonl``."""
+    # Trainers run the garbage collector several times a run; TRL's million imported objects need not be walked.
+    importlib.import_module("trl").DPOTrainer  # noqa: B018
+    gc.freeze()
     directory = tmp_path_factory.mktemp("world")
     save_pair(directory)
     for kind in ("dpo", "kto", "sft", "grpo"):

@@ -53,16 +53,16 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "EMA",
-    "METHODS",
     "Anchor",
     "ArgumentError",
     "Checkpoint",
     "CheckpointError",
     "ChildTuning",
     "DataError",
+    "EMA",
     "EMACallback",
     "LiveMerge",
+    "METHODS",
     "Magnitude",
     "MergeReport",
     "MismatchError",
