@@ -86,6 +86,7 @@ def verdict(points: list[dict[str, Any]], reference: int, curve: Sequence[int], 
     if beyond:
         sentences.append(f"More reward than AdamW at its best learning rate, by: {'; '.join(beyond)}.")
     sentences += _ablation(points, scores)
+    sentences.append("Intervals are of 95%, each for itself: with so many comparisons a few exclude 0 by chance.")
     return sentences
 
 
