@@ -11,11 +11,12 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "paretune"
 # What each part may import besides itself. errors ← checkpoint ← task_vector ← operators ← {merge, …}.
-FOUNDATION = ["errors", "log", "checkpoint", "task_vector", "operators"]
+FOUNDATION = ["errors", "log", "atomic", "checkpoint", "task_vector", "operators"]
 EVERYTHING = {"*"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "log": {"errors"},
+    "atomic": set(),
     "checkpoint": {"errors", "log"},
     "task_vector": {"errors", "log", "checkpoint"},
     "operators": {"errors", "log", "checkpoint", "task_vector"},

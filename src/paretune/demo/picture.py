@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from paretune.atomic import write_text
 from paretune.demo.results import label
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ _LOOKS = {
 
 def write_pictures(results: dict[str, Any], out: Path) -> None:
     """frontier.png and report.html in ``out``."""
-    from paretune.demo.run import write_text
-
     figure = draw(results)
     figure.savefig(out / "frontier.png", dpi=130)
     stream = io.StringIO()

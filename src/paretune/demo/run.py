@@ -6,7 +6,6 @@ import json
 import logging
 import multiprocessing
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paretune.atomic import write_text
 from paretune.demo.methods import Bench, Row, rows
 from paretune.demo.pretrain import Recipe, prepare
 from paretune.demo.world import World
@@ -79,17 +79,6 @@ def run(options: Options, report: Report = lambda what, done, of: None) -> dict[
     write_text(options.out / "results.json", json.dumps(results, indent=1) + "\n")
     write_pictures(results, options.out)
     return results
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all: temporary name, fsync, rename."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
 
 
 def _record(points: Path, seed: int, row: Row) -> Path:

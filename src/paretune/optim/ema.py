@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..atomic import sync
 from ..checkpoint import Checkpoint
 from ..errors import ArgumentError, CheckpointError, MismatchError, StateError, examples
 from .wrapper import local, shard_like, unique_names
@@ -198,13 +199,13 @@ class EMA:
         scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             save_file(whole, scratch, metadata={"format": "pt", "ema_decay": repr(self.decay)})
-            _sync(scratch)
+            sync(scratch)
             os.replace(scratch, target)
         except BaseException:
             with suppress(FileNotFoundError):
                 scratch.unlink()
             raise
-        _sync(target.parent)
+        sync(target.parent)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take over the average that ``save`` wrote; tensors are read one at a time.
@@ -220,12 +221,3 @@ class EMA:
             raise CheckpointError(f"{path}: no such file; give the file that EMA.save wrote")
         saved = Checkpoint(path)
         self.load_state_dict({name: saved.flat(name).view(info.shape) for name, info in saved.items()})
-
-
-def _sync(path: Path) -> None:
-    """Make a file's content, or a folder's entries, outlive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

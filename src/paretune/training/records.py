@@ -7,12 +7,13 @@ import math
 import os
 import platform
 import shlex
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from paretune.atomic import write_text
 
 TRAINING_RECORD = "training.json"
 _PACKAGES = ("paretune", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "safetensors", "numpy")
@@ -90,22 +91,6 @@ def without_secrets(argv: Sequence[str]) -> list[str]:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file so that a reader sees all of it or nothing of it."""
     write_text(path, json.dumps(jsonable(value), indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees all of it or nothing of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def model_card(record: Mapping[str, Any]) -> str:

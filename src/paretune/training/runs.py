@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from paretune.atomic import write_text
 from paretune.errors import ArgumentError
 from paretune.training import records
 from paretune.training.build import Data, check_model, load_data, make_trainer
@@ -116,7 +117,7 @@ def run(request: Request, method: Method) -> Run:
     record["optimizer"]["statement"] = _statement_of(trainer.optimizer)
     _write(record, trainer, output)
     if trainer.is_world_process_zero():
-        records.write_text(output / "README.md", records.model_card(records.jsonable(record)))
+        write_text(output / "README.md", records.model_card(records.jsonable(record)))
     if arguments.push_to_hub:
         trainer.push_to_hub(dataset_name=request.script.dataset_name)
     return Run(records.jsonable(record), trainer)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from paretune.atomic import write_text
 from paretune.errors import ArgumentError, PareTuneError
 from paretune.training import records
 from paretune.training.resume import FREE
@@ -115,7 +116,7 @@ def run_sweep(
         }
         # All points that were ever finished stay, also those of an earlier, larger grid.
         lines = [json.dumps(records.jsonable(entry), ensure_ascii=False) for entry in by_point.values()]
-        records.write_text(file, "\n".join(lines) + "\n")
+        write_text(file, "\n".join(lines) + "\n")
     return [by_point[_key(point)] for point in grid]
 
 
