@@ -4,7 +4,7 @@
 
 Small versions of Figures 2-4 and Table 2 of arXiv 2405.17931. Every setting is one alignment run of the demo's DPO on
 the demo's models, measured by the demo's reward and skills. Resumable: a finished run is a line of curves.jsonl.
-Writes curves.jsonl, curves.md and curves.png.
+Writes curves.jsonl, curves.md and curves.png; docs/choosing.md shows them.
 """
 
 from __future__ import annotations

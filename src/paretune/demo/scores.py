@@ -92,8 +92,8 @@ def best_at(reward: float, curve: Sequence[tuple[float, float]]) -> float | None
         curve: (reward, capability) along the curve; straight lines between neighbours.
 
     Example:
-        >>> best_at(0.5, [(0.4, 0.9), (0.6, 0.7), (0.8, 0.3)])
-        0.8
+        >>> best_at(0.5, [(0.25, 1.0), (0.75, 0.5), (1.0, 0.25)])
+        0.75
     """
     reached = [c for r, c in curve if r >= reward]
     for (r0, c0), (r1, c1) in pairwise(curve):

@@ -166,7 +166,7 @@ class Kernel:
     def _sparsify(self, part: Part, ready: Ready, number: int, vector: Floats, start: int, space: Workspace) -> None:
         if self.rule.sparsify is None or ready.densities[number] == 1:
             return
-        bits, scratch = vector.view(np.uint32), space.bits("mask", vector.size)
+        bits, scratch = vector.view(np.uint32), space.bits("kept", vector.size, number)
         if self.rule.sparsify == "magnitude":
             drop_below(bits, ready.cuts[number], start, scratch)
         else:
@@ -206,7 +206,10 @@ class Kernel:
             _spread_sign(weight)
             np.bitwise_and(bits, weight, out=bits)
             if ready.normalize:
-                _nonzero_mask(bits, weight)
+                if self.rule.sparsify == "magnitude" and ready.densities[number] < 1:
+                    np.bitwise_and(weight, space.bits("kept", n, number), out=weight)  # what is kept is not zero
+                else:
+                    _nonzero_mask(bits, weight)
                 np.bitwise_and(weight, np.float32(ready.weights[number]).view(np.uint32), out=weight)
                 # Nothing but a hair where nobody agrees: what is divided by it there is 0.
                 np.add(divisor if number else _HAIR, weight.view(np.float32), out=divisor)
@@ -215,9 +218,7 @@ class Kernel:
             np.add(result, vector, out=result)
         np.bitwise_and(result.view(np.uint32), elected, out=result.view(np.uint32))
         if ready.normalize:
-            if (
-                min(ready.weights) < 0
-            ):  # weights of those who agree may cancel: their sum stays as it is, like mergekit's
+            if min(ready.weights) < 0:  # the weights of those who agree may cancel: the sum stays, as mergekit has it
                 np.copyto(divisor, 1, where=np.abs(divisor) < 1e-8)
             np.divide(result, divisor, out=result)
         _scale(result, ready.scale)

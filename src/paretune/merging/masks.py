@@ -15,6 +15,7 @@ PAGE = 1 << 16  # masks of low density are drawn in pages of this many elements
 _SPARSE_LIMIT = 1 / 16
 _WORD = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
+_FACTORS = (0x21F0AAAD, 0xD35A2D97)
 _COUNTER = np.arange(PAGE, dtype=np.uint32)
 
 
@@ -58,23 +59,37 @@ def drop(bits: Bits, key: int, n: int, density: float, start: int, scratch: Bits
     for begin in range(0, bits.size, PAGE):
         part = bits[begin : begin + PAGE]
         word, other = scratch[: part.size], shift[: part.size]
-        _hash(key, start + begin, word, other)
-        np.copyto(other, word.view(np.int32) < np.int32(limit))
-        np.multiply(part, other, out=part)
+        _hash(key, start + begin, word, other, whole=bool(limit & 0x1FFFF))
+        if limit == 0:  # one half: the sign bit alone decides
+            signed = word.view(np.int32)
+            np.right_shift(signed, 31, out=signed)
+            np.bitwise_and(part, word, out=part)
+        else:
+            np.copyto(other, word.view(np.int32) < np.int32(limit))
+            np.multiply(part, other, out=part)
 
 
-def _hash(key: int, start: int, x: Bits, shift: Bits) -> None:
-    """32 random bits for the counters ``start …``, which lie in one page."""
-    np.add(_COUNTER[: x.size], np.uint32(start & _WORD), out=x)
-    np.bitwise_xor(x, np.uint32(key & _WORD), out=x)
-    _mix(x, shift)
+def _hash(key: int, start: int, x: Bits, shift: Bits, *, whole: bool) -> None:
+    """32 random bits for the counters ``start …``, which lie in one page; the upper 15 of them where not ``whole``.
+
+    The counters of a page share their upper halves, so the first steps of the mixer are done on one number for all.
+    """
+    upper = ((start ^ key) & _WORD) >> 16
+    np.bitwise_xor(_COUNTER[: x.size], np.uint32((key & 0xFFFF) ^ upper), out=x)
+    np.multiply(x, np.uint32(_FACTORS[0]), out=x)
+    np.add(x, np.uint32((upper << 16) * _FACTORS[0] & _WORD), out=x)
+    _shift_xor(x, 15, shift)
+    np.multiply(x, np.uint32(_FACTORS[1]), out=x)
+    _shift_xor(x, 15, shift)
     np.add(x, np.uint32(((start >> 32) * _GOLDEN + (key >> 32)) & _WORD), out=x)
-    _mix(x, shift)
+    _shift_xor(x, 16, shift)
+    np.multiply(x, np.uint32(_FACTORS[0]), out=x)
+    _shift_xor(x, 15, shift)
+    np.multiply(x, np.uint32(_FACTORS[1]), out=x)
+    if whole:
+        _shift_xor(x, 15, shift)
 
 
-def _mix(x: Bits, shift: Bits) -> None:
-    for by, factor in ((16, 0x21F0AAAD), (15, 0xD35A2D97), (15, None)):
-        np.right_shift(x, np.uint32(by), out=shift)
-        np.bitwise_xor(x, shift, out=x)
-        if factor is not None:
-            np.multiply(x, np.uint32(factor), out=x)
+def _shift_xor(x: Bits, by: int, shift: Bits) -> None:
+    np.right_shift(x, np.uint32(by), out=shift)
+    np.bitwise_xor(x, shift, out=x)

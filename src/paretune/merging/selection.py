@@ -74,13 +74,13 @@ def find_cut(n: int, k: int, keys: Keys, room: Room = _new) -> Cut:
 
 
 def drop_below(bits: Bits, cut: Cut, start: int, magnitude: Bits) -> None:
-    """Zero the entries that a cut drops, in place.
+    """Zero the entries that a cut drops, in place; ``magnitude`` becomes all ones where one is kept, else zero.
 
     Args:
         bits: the float32 entries ``start …``, as words.
         cut: from `find_cut`.
         start: a multiple of `BLOCK`.
-        magnitude: as many words of scratch.
+        magnitude: as many words; overwritten.
     """
     np.bitwise_and(bits, np.uint32(0x7FFFFFFF), out=magnitude)
     if cut.before is not None:
@@ -90,7 +90,7 @@ def drop_below(bits: Bits, cut: Cut, start: int, magnitude: Bits) -> None:
             # rank t is kept if it is ⌊i·c/r⌋ for some i: the only candidate is i = ⌈t·r/c⌉
             i = -(-rank * cut.wanted // cut.tied)
             lost = (i >= cut.wanted) | (i * cut.tied // cut.wanted != rank)
-            bits[begin + place[lost]] = 0
+            magnitude[begin + place[lost]] = 0
     # (threshold − 1 − |x|) is negative, its sign bit set, exactly where |x| ≥ threshold: an arithmetic shift
     # spreads it over a mask without a branch.
     signed = magnitude.view(np.int32)
