@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -30,8 +29,27 @@ MERGEKIT = os.environ.get("PARETUNE_MERGEKIT_PYTHON", "")
 COMMAND = [sys.executable, "-m", "paretune.cli.main", "merge"]
 
 
-def cpu(command: list[str], out: Path | None = None) -> tuple[float, float]:
-    """CPU seconds and peak resident MB of a process; what it writes is removed before and after."""
+PEAK = """
+import sys
+from paretune.cli.main import main
+status = main(sys.argv[1:])
+with open("/proc/self/status") as stream:
+    print(next(line.split()[1] for line in stream if line.startswith("VmHWM")))
+sys.exit(status)
+"""
+
+
+def peak_mb(arguments: list[str], out: Path) -> float:
+    """Peak resident MB of a merge, as the process itself sees it: what wait4 reports starts at its parent's size."""
+    remove(out)
+    command = [sys.executable, "-c", PEAK, "merge", *arguments, "-o", str(out), "--quiet"]
+    done = subprocess.run(command, env=os.environ | ONE_THREAD, capture_output=True, text=True, check=True)
+    remove(out)
+    return int(done.stdout.split()[-1]) / 1024
+
+
+def cpu(command: list[str], out: Path | None = None) -> float:
+    """CPU seconds of a process; what it writes is removed before and after."""
     if out is not None:
         remove(out)
     process = subprocess.Popen(command, env=os.environ | ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -42,7 +60,7 @@ def cpu(command: list[str], out: Path | None = None) -> tuple[float, float]:
         raise RuntimeError(f"{' '.join(command)}: {error.decode()[-2000:]}")
     if out is not None:
         remove(out)
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+    return usage.ru_utime + usage.ru_stime
 
 
 def remove(path: Path) -> None:
@@ -115,26 +133,25 @@ def against_mergekit(work: Path, paths: list[Path], repeats: int) -> dict[str, A
     found: dict[str, Any] = {}
     driver = Path(MERGEKIT).with_name("mergekit-yaml") if MERGEKIT else None
     cases = methods(paths)
-    taken: dict[str, dict[str, list[tuple[float, float]]]] = {name: {"ours": [], "mergekit": []} for name in cases}
+    taken: dict[str, dict[str, list[float]]] = {name: {"ours": [], "mergekit": []} for name in cases}
     for _ in range(repeats):
         for name, (arguments, recipe, read) in cases.items():
             warm(read)
             out = work / "out"
             taken[name]["ours"].append(cpu([*COMMAND, *arguments, "-o", str(out), "--quiet", "--workers", "1"], out))
-            print(f"  {name}: ours {taken[name]['ours'][-1][0]:.2f} s", file=sys.stderr, flush=True)
+            print(f"  {name}: ours {taken[name]['ours'][-1]:.2f} s", file=sys.stderr, flush=True)
             if driver is not None:
                 (work / "recipe.yaml").write_text(yaml.safe_dump(recipe))
                 warm(read)
                 command = [str(driver), "--quiet", "--no-copy-tokenizer", str(work / "recipe.yaml"), str(out)]
                 taken[name]["mergekit"].append(cpu(command, out))
-                print(f"  {name}: mergekit {taken[name]['mergekit'][-1][0]:.2f} s", file=sys.stderr, flush=True)
+                print(f"  {name}: mergekit {taken[name]['mergekit'][-1]:.2f} s", file=sys.stderr, flush=True)
     for name, both in taken.items():
-        row: dict[str, Any] = {"ours_s": median(both["ours"], 0), "ours_mb": max(mb for _, mb in both["ours"])}
+        row: dict[str, Any] = {"ours_s": round(statistics.median(both["ours"]), 2)}
         if both["mergekit"]:
-            ratios = [m[0] / o[0] for m, o in zip(both["mergekit"], both["ours"], strict=True)]
+            ratios = [m / o for m, o in zip(both["mergekit"], both["ours"], strict=True)]
             row |= {
-                "mergekit_s": median(both["mergekit"], 0),
-                "mergekit_mb": max(mb for _, mb in both["mergekit"]),
+                "mergekit_s": round(statistics.median(both["mergekit"]), 2),
                 "ratio": round(statistics.median(ratios), 2),
                 "ratios": [round(ratio, 2) for ratio in ratios],
             }
@@ -158,9 +175,9 @@ def against_copy(work: Path, paths: list[Path], repeats: int) -> dict[str, Any]:
             models = read[1:] if based else read
             warm(read)
             target = work / "copy"
-            copy, _ = cpu(["cp", str(read[0] / "model.safetensors"), str(target)], target)
+            copy = cpu(["cp", str(read[0] / "model.safetensors"), str(target)], target)
             for other in read[1:]:
-                copy += cpu(["cat", str(other / "model.safetensors")])[0]
+                copy += cpu(["cat", str(other / "model.safetensors")])
             for torch in ("", "import torch\n"):
                 code = (
                     f"{torch}import sys, time\nfrom paretune.merging import merge\nt = time.process_time()\n"
@@ -193,12 +210,12 @@ def sweep(work: Path, paths: list[Path], repeats: int) -> dict[str, Any]:
     for _ in range(repeats):
         warm(paths[:2])
         command = [*COMMAND, *pair, "-o", str(work / "out"), "--quiet", "--workers", "1"]
-        together, _ = cpu([*command, "--sweep", "weight=0.1:0.9:0.1"], work / "out")
+        together = cpu([*command, "--sweep", "weight=0.1:0.9:0.1"], work / "out")
         single = 0.0
         for tenth in range(1, 10):
             weighted = [f"{paths[0]}={1 - tenth / 10:.1f}", f"{paths[1]}={tenth / 10:.1f}"]
             alone = [*COMMAND, "linear", "--model", weighted[0], "--model", weighted[1]]
-            single += cpu([*alone, "-o", str(work / "out"), "--quiet", "--workers", "1"], work / "out")[0]
+            single += cpu([*alone, "-o", str(work / "out"), "--quiet", "--workers", "1"], work / "out")
         ratios.append(round(together / single, 3))
     found = {"ratio": statistics.median(ratios), "ratios": ratios}
     print(f"  {found}", flush=True)
@@ -284,10 +301,11 @@ def measured(what: str, times: dict[str, list[float]], n: int, run: Callable[[],
 
 def memory(work: Path, paths: list[Path], repeats: int) -> dict[str, Any]:
     """Peak resident memory with one tensor of 4 GB: linear, DARE, and TIES with heavy ties."""
-    del paths, repeats
+    del repeats
+    found = {name: round(peak_mb(case[0], work / "out")) for name, case in methods(paths).items()}
+    print(f"  {found}", flush=True)
     big = [one_tensor(work / "big" / str(seed), seed) for seed in range(3)]
     base, a, b = map(str, big)
-    found = {}
     for name, arguments in {
         "linear": ["linear", "--model", base, "--model", a],
         "ties, heavy ties": ["ties", "--model", a, "--model", b, "--base", base, "--density", "0.2"],
@@ -295,10 +313,10 @@ def memory(work: Path, paths: list[Path], repeats: int) -> dict[str, Any]:
         for workers in ("1", "2"):
             if name != "linear" and workers == "2":
                 continue
-            command = [*COMMAND, *arguments, "-o", str(work / "out"), "--quiet", "--workers", workers]
-            seconds, peak = cpu(command, work / "out")
-            found[f"{name}, {workers} workers"] = {"mb": round(peak), "cpu_s": round(seconds, 1)}
-            print(f"  {name}, {workers} workers: {peak:.0f} MB, {seconds:.1f} s", flush=True)
+            found[f"one tensor of 4 GB, {name}, {workers} workers"] = round(
+                peak_mb([*arguments, "--workers", workers], work / "out")
+            )
+            print(f"  {found}", flush=True)
     shutil.rmtree(work / "big")
     return found
 
@@ -321,10 +339,6 @@ def one_tensor(directory: Path, seed: int) -> Path:
             stream.write(moved.astype(np.uint16).tobytes())
     (directory / "config.json").write_text(json.dumps(config("tiny")))
     return directory
-
-
-def median(rows: list[tuple[float, float]], column: int) -> float:
-    return round(statistics.median(row[column] for row in rows), 2)
 
 
 PARTS: dict[str, Callable[[Path, list[Path], int], dict[str, Any]]] = {
@@ -350,8 +364,7 @@ def main() -> None:
     for name in arguments.only.split(","):
         print(name, flush=True)
         results[name] = PARTS[name](arguments.work, paths, arguments.repeats)
-    results["peak_mb_of_this_process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    (arguments.work / "results.json").write_text(json.dumps(results, indent=2))
+    (arguments.work / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":
