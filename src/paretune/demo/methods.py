@@ -61,7 +61,7 @@ class Bench:
         """The parameters that plain AdamW aligned: what offline merging starts from. Trained once, kept in ``out``."""
         from safetensors.torch import load_file, save_file
 
-        file = self.out / f"policy-seed{self.seed}.safetensors"
+        file = self.out / f"policy-seed{self.seed}-{self.recipe.reference_key}.safetensors"
         if not file.exists():
             model = self.model()
             for _ in align(model, self.pairs, self.settings):

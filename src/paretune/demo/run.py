@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -10,11 +11,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from paretune.atomic import write_text
+from paretune.demo.align import DPOSettings
 from paretune.demo.methods import Bench, Row, rows
 from paretune.demo.pretrain import Recipe, prepare
 from paretune.demo.world import World
@@ -60,7 +62,7 @@ def run(options: Options, report: Report = lambda what, done, of: None) -> dict[
     points.mkdir(parents=True, exist_ok=True)
     table = rows(options.quick)
     jobs = [(seed, row) for seed in options.seeds for row in table]
-    waiting = [(seed, row) for seed, row in jobs if not _record(points, seed, row).exists()]
+    waiting = [(seed, row) for seed, row in jobs if _points(points, seed, row) is None]
     missing = [seed for seed in options.seeds if any(s == seed for s, _ in waiting)]
     workers = max(1, min(options.workers, len(waiting)))
     with _single_threads(), _pool(workers) as pool:
@@ -74,7 +76,7 @@ def run(options: Options, report: Report = lambda what, done, of: None) -> dict[
         for _ in _as_completed(running):
             finished += 1
             report("align and measure", finished, len(jobs))
-    records = [[json.loads(_record(points, seed, row).read_text()) for row in table] for seed in options.seeds]
+    records = [[_points(points, seed, row) or [] for row in table] for seed in options.seeds]
     results = summarize(records, options.seeds)
     write_text(options.out / "results.json", json.dumps(results, indent=1) + "\n")
     write_pictures(results, options.out)
@@ -83,6 +85,23 @@ def run(options: Options, report: Report = lambda what, done, of: None) -> dict[
 
 def _record(points: Path, seed: int, row: Row) -> Path:
     return points / f"seed{seed} {row.key}.json"
+
+
+def _stamp(recipe: Recipe, row: Row) -> str:
+    """Hash of all that decides a row's points: a record of another recipe or version is not taken for this one's."""
+    from paretune import __version__
+
+    parts = [recipe.reference_key, recipe.world.fingerprint, asdict(DPOSettings()), row.key, __version__]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _points(points: Path, seed: int, row: Row) -> Points | None:
+    """The points of a finished row; None where it has to be made."""
+    record = _record(points, seed, row)
+    if not record.exists():
+        return None
+    content = json.loads(record.read_text())
+    return content["points"] if content["stamp"] == _stamp(Recipe(World(seed=seed)), row) else None
 
 
 def _train_models(pool: ProcessPoolExecutor, seeds: Sequence[int], options: Options, report: Report) -> None:
@@ -143,7 +162,7 @@ def _make(seed: int, index: int, quick: bool, out: Path, cache: Path | None) -> 
                 "categories": [item.category for item in recipe.world.items],
             }
         )
-    write_text(_record(out / "points", seed, row), json.dumps(made))
+    write_text(_record(out / "points", seed, row), json.dumps({"stamp": _stamp(recipe, row), "points": made}))
 
 
 @contextmanager
