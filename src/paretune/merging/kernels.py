@@ -22,6 +22,7 @@ from .views import View
 
 CHUNK = BLOCK
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
+_STORED = {kind: str(np.dtype(dtype)) for kind, dtype in STORED.items()}
 _INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 _HAIR = np.float32(1e-37)
 _ROW = 4096  # products are summed in float32 within rows of this many elements, and in float64 across rows
@@ -102,7 +103,7 @@ class Kernel:
                 ):
                     raise self._not_finite(part, start, stop, space, number)
         for number, each in enumerate(ready):
-            stored = space.get("stored", n, str(np.dtype(STORED[part.kind])))
+            stored = space.get("stored", n, _STORED[part.kind])
             # A later result needs the vectors as they were.
             values = self._merged(part, each, vectors, start, space, keep=number + 1 < len(ready))
             narrow(values, part.kind, stored, space.bits("rounding", n), careful=self.allow_non_finite)
@@ -128,29 +129,33 @@ class Kernel:
         self, part: Part, ready: Ready, vectors: list[Floats], start: int, space: Workspace, *, keep: bool
     ) -> Floats:
         n = vectors[0].size
-        if keep:
+        sparse = self.rule.sparsify is not None
+        if keep and sparse:
             copies = [space.floats("copy", n, i) for i in range(len(vectors))]
             for copy, vector in zip(copies, vectors, strict=True):
                 np.copyto(copy, vector)
-            vectors = copies
-        for number, vector in enumerate(vectors):
-            self._sparsify(part, ready, number, vector, start, space)
+            vectors, keep = copies, False
+        if sparse:
+            for number, vector in enumerate(vectors):
+                self._sparsify(part, ready, number, vector, start, space)
         with np.errstate(invalid="ignore", over="ignore"):
             if self.rule.family == "election":
                 total = self._elected(ready, vectors, space)
-            elif part.kind == "F32":
-                return self._precise(part, ready, vectors, space)
             else:
-                total = vectors[0]
-                _scale(total, ready.coefficients[0])
+                scaled = [space.floats("scaled", n, i) for i in range(2)] if keep else [vectors[0], vectors[-1]]
+                if part.kind == "F32":
+                    return self._precise(part, ready, vectors, scaled[0], space)
+                total = scaled[0]
+                _scale(vectors[0], ready.coefficients[0], total)
                 for vector, coefficient in zip(vectors[1:], ready.coefficients[1:], strict=True):
-                    _scale(vector, coefficient)
-                    np.add(total, vector, out=total)
+                    term = scaled[1] if keep else vector
+                    _scale(vector, coefficient, term)
+                    np.add(total, term, out=total)
             if part.base is not None:
                 np.add(total, space.floats("base", n), out=total)
         return total
 
-    def _precise(self, part: Part, ready: Ready, vectors: list[Floats], space: Workspace) -> Floats:
+    def _precise(self, part: Part, ready: Ready, vectors: list[Floats], out: Floats, space: Workspace) -> Floats:
         """The same sum in float64, for float32 results: the products' own rounding would show there."""
         n = vectors[0].size
         total, product = space.get("total", n, "float64"), space.get("product", n, "float64")
@@ -160,8 +165,8 @@ class Kernel:
             np.add(total, product, out=total)
         if part.base is not None:
             np.add(total, space.floats("base", n), out=total)
-        np.copyto(vectors[0], total, casting="same_kind")
-        return vectors[0]
+        np.copyto(out, total, casting="same_kind")
+        return out
 
     def _sparsify(self, part: Part, ready: Ready, number: int, vector: Floats, start: int, space: Workspace) -> None:
         if self.rule.sparsify is None or ready.densities[number] == 1:
@@ -356,9 +361,11 @@ def blocks(n: int) -> Iterator[tuple[int, int]]:
         yield start, min(n, start + BLOCK)
 
 
-def _scale(vector: Floats, factor: float) -> None:
+def _scale(vector: Floats, factor: float, out: Floats | None = None) -> None:
     if factor != 1:
-        np.multiply(vector, np.float32(factor), out=vector)
+        np.multiply(vector, np.float32(factor), out=vector if out is None else out)
+    elif out is not None and out is not vector:
+        np.copyto(out, vector)
 
 
 def inner(a: Floats, b: Floats) -> float:
