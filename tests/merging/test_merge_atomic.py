@@ -162,7 +162,7 @@ def test_stopped_while_publishing(step: int, tmp_path: Path, monkeypatch: pytest
     stopped = False
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", failing(Path.rename))
-        patch.setattr(output, "_sync_directory", failing(output._sync_directory))
+        patch.setattr(output, "sync", failing(output.sync))
         patch.setattr(os, "rename", failing(os.rename))
         patch.setattr(output, "write_companions", failing(output.write_companions))
         try:

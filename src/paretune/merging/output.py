@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..atomic import sync
 from ..errors import ArgumentError, CheckpointError
 from .plan import Part, Plan
 from .record import write_companions
@@ -160,12 +161,12 @@ class Output:
             for shard in self.plan.shards:
                 (directory / (shard.name + PARTIAL)).rename(directory / shard.name)
             write_companions(self.plan, number, directory)
-            _sync_directory(directory)
+            sync(directory)
         # The result holds no journal; until it has its name, the journal waits beside it.
         (self.stage / _JOURNAL).rename(self._last_journal)
-        _sync_directory(self.stage)
+        sync(self.stage)
         os.rename(self.stage, self.out)
-        _sync_directory(self.out.parent)
+        sync(self.out.parent)
         self.close()
         self._last_journal.unlink(missing_ok=True)
 
@@ -246,11 +247,3 @@ def _write(descriptor: int, values: Any, offset: int) -> None:
             view, offset = view[written:], offset + written
     except OSError as error:
         raise CheckpointError(f"cannot write: {error.strerror}: the same command goes on once that is mended") from None
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..atomic import sync
 from ..checkpoint import INDEX_NAME
 from .plan import Plan
 
@@ -99,17 +99,9 @@ def _json(content: Any) -> bytes:
 
 def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
-    _sync(target)
+    sync(target)
 
 
 def _write(target: Path, content: bytes) -> None:
     target.write_bytes(content)
-    _sync(target)
-
-
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(target)
