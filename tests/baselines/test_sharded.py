@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from ranks import spawn
 from small_model import Small, loss, train, trainable, values
 from torch import Tensor, nn
 
@@ -50,47 +48,38 @@ def run(model: nn.Module, kind: str, folder: Path | None) -> tuple[OptimizerWrap
     return optimizer, ema
 
 
-def rank(index: int, port: int, folder: Path) -> None:
+def rank(index: int, folder: Path) -> None:
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(index), WORLD_SIZE="2")
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    try:
-        for kind in KINDS:
-            model = Small()
-            model.unused.requires_grad_(False)
-            fully_shard(model.layer)
-            fully_shard(model)
-            optimizer, _ = run(model, kind, folder)
-            assert isinstance(model.layer.weight, DTensor)
+    for kind in KINDS:
+        model = Small()
+        model.unused.requires_grad_(False)
+        fully_shard(model.layer)
+        fully_shard(model)
+        optimizer, _ = run(model, kind, folder)
+        assert isinstance(model.layer.weight, DTensor)
+        if index == 0:
+            single = Small()
+            single.unused.requires_grad_(False)
+            _, single_ema = run(single, kind, None)
+            loaded = EMA(single.named_parameters())
+            loaded.load(folder / f"{kind}.safetensors")
+        for name, p in model.named_parameters():
+            whole = p.full_tensor()
             if index == 0:
-                single = Small()
-                single.unused.requires_grad_(False)
-                _, single_ema = run(single, kind, None)
-                loaded = EMA(single.named_parameters())
-                loaded.load(folder / f"{kind}.safetensors")
-            for name, p in model.named_parameters():
-                whole = p.full_tensor()
-                if index == 0:
-                    torch.testing.assert_close(whole, dict(single.named_parameters())[name], rtol=1e-5, atol=1e-6)
-            if index == 0:
-                for name, value in loaded.state_dict().items():
-                    torch.testing.assert_close(value, single_ema.state_dict()[name], rtol=1e-5, atol=1e-6)
-            saved = get_optimizer_state_dict(model, optimizer)
-            again = wrap(kind, model, *inputs()) if kind != "anchor_none" else optimizer
-            set_optimizer_state_dict(model, again, saved)
-            loss(model, 9).backward()
-            again.step()
-    finally:
-        torch.distributed.destroy_process_group()
+                torch.testing.assert_close(whole, dict(single.named_parameters())[name], rtol=1e-5, atol=1e-6)
+        if index == 0:
+            for name, value in loaded.state_dict().items():
+                torch.testing.assert_close(value, single_ema.state_dict()[name], rtol=1e-5, atol=1e-6)
+        saved = get_optimizer_state_dict(model, optimizer)
+        again = wrap(kind, model, *inputs()) if kind != "anchor_none" else optimizer
+        set_optimizer_state_dict(model, again, saved)
+        loss(model, 9).backward()
+        again.step()
 
 
 @pytest.mark.slow
 def test_two_ranks_are_as_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(rank, args=(port, tmp_path), nprocs=2)
+    spawn(rank, 2, tmp_path)

@@ -140,6 +140,17 @@ def test_opposite_and_equal_votes_cancel(tmp_path: Path) -> None:
     assert read(tmp_path / "out")["w"].tolist() == [0.0, 0.0, 2.0, 0.0]
 
 
+def test_negative_weights_in_an_election(tmp_path: Path) -> None:
+    """The weights of those who agree may sum to 0: what they say is added as it is."""
+    from merge_models import write
+
+    base = write(tmp_path / "base", {"w": torch.zeros(3)})
+    a = write(tmp_path / "a", {"w": torch.tensor([1.0, 1.0, 2.0])})
+    b = write(tmp_path / "b", {"w": torch.tensor([-1.0, 1.0, 0.0])})
+    pt.merge("ties", {a: 0.5, b: -0.5}, base, tmp_path / "out", density=1.0)
+    assert read(tmp_path / "out")["w"].tolist() == [1.0, 0.0, 2.0]
+
+
 def reference_slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), 0)
     if abs(cosine) > 0.9995:
@@ -152,7 +163,7 @@ def reference_slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
 def test_slerp(dtype: torch.dtype, tmp_path: Path) -> None:
     a, b = family(tmp_path, 1, dtype, BIG)
     pt.merge("slerp", {a: 0.7, b: 0.3}, out=tmp_path / "weights")
-    pt.merge("slerp", [a, b], out=tmp_path / "t", t=0.3)
+    pt.merge("slerp", [b, a], a, tmp_path / "t", t=0.3)  # t = 0 is the base, wherever it is listed
     x, y = models(1, dtype)
     close(read(tmp_path / "t"), {n: reference_slerp(x[n], y[n], 0.3) for n in x}, dtype)
     assert all(
