@@ -11,16 +11,20 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "paretune"
 # What each part may import besides itself. errors ← checkpoint ← task_vector ← operators ← {merge, …}.
-FOUNDATION = ["errors", "log", "atomic", "checkpoint", "task_vector", "operators"]
+FOUNDATION = ["errors", "log", "atomic", "layers", "checkpoint", "task_vector", "operators"]
 EVERYTHING = {"*"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "log": {"errors"},
     "atomic": set(),
+    "layers": set(),
     "checkpoint": {"errors", "log"},
     "task_vector": {"errors", "log", "checkpoint"},
     "operators": {"errors", "log", "checkpoint", "task_vector"},
-    **{part: set(FOUNDATION) for part in ("merging", "averaging", "optim", "training", "evaluation")},
+    "native": {"errors"},
+    "generation": set(FOUNDATION),
+    **{part: {*FOUNDATION, "generation"} for part in ("averaging", "optim", "training", "evaluation")},
+    "merging": {*FOUNDATION, "generation", "native"},
     "demo": EVERYTHING,
     "cli": EVERYTHING,
     "__init__": EVERYTHING,

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,47 +159,59 @@ def against_mergekit(work: Path, paths: list[Path], repeats: int) -> dict[str, A
     return found
 
 
+ENGINE = """
+import json, sys, time
+from paretune.merging import merge
+method, weights, base, out = json.loads(sys.argv[1])
+started = time.process_time()
+merge(method, weights, base, out, workers=1)
+print(time.process_time() - started)
+"""
+
+
 def against_copy(work: Path, paths: list[Path], repeats: int) -> dict[str, Any]:
-    """Work ÷ (cp one input + cat the others): the engine's CPU, without starting python, with and without torch."""
+    """Work ÷ (cp one input + cat the others): CPU of a merge without starting python, and of copies around it.
+
+    What the kernel takes for a page that it has not handed out before varies tenfold on virtual machines: more repeats.
+    """
     cases = {
         "linear": ("linear", [0.7, 0.3], False),
         "task_arithmetic": ("task_arithmetic", [0.7, 0.3], True),
         "soup of 3": ("linear", [0.5, 0.3, 0.2], False),
     }
     found: dict[str, Any] = {}
-    taken: dict[str, list[float]] = {}
-    for _ in range(repeats):
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+    for _ in range(max(7, repeats)):
         for name, (method, weights, based) in cases.items():
             read = paths[: len(weights) + based]
-            models = read[1:] if based else read
+            models = dict(zip(map(str, read[1:] if based else read), weights, strict=True))
+            arguments = json.dumps([method, models, str(paths[0]) if based else None, str(work / "out")])
             warm(read)
-            target = work / "copy"
-            copy = cpu(["cp", str(read[0] / "model.safetensors"), str(target)], target)
-            for other in read[1:]:
-                copy += cpu(["cat", str(other / "model.safetensors")])
-            for torch in ("", "import torch\n"):
-                code = (
-                    f"{torch}import sys, time\nfrom paretune.merging import merge\nt = time.process_time()\n"
-                    f"merge({method!r}, {dict(zip(map(str, models), weights, strict=True))!r}, "
-                    f"{str(paths[0]) if based else None!r}, {str(work / 'out')!r}, workers=1)\n"
-                    "print(time.process_time() - t)\n"
-                )
-                remove(work / "out")
-                warm(read)
-                done = subprocess.run(
-                    [sys.executable, "-c", code],
-                    env=os.environ | ONE_THREAD,
-                    capture_output=True,
-                    text=True,
-                    check=True,
-                )
-                ratio = float(done.stdout) / copy
-                taken.setdefault(f"{name}{', torch loaded' if torch else ''}", []).append(ratio)
+            copies = [copied(work, read)]
             remove(work / "out")
-    for name, ratios in taken.items():
-        found[name] = {"ratio": round(statistics.median(ratios), 2), "ratios": [round(ratio, 2) for ratio in ratios]}
+            command = [sys.executable, "-c", ENGINE, arguments]
+            done = subprocess.run(command, env=os.environ | ONE_THREAD, capture_output=True, text=True, check=True)
+            remove(work / "out")
+            copies.append(copied(work, read))
+            taken[name].append((float(done.stdout), sum(copies) / 2))
+    for name, pairs in taken.items():
+        ratios = [round(ours / copy, 2) for ours, copy in pairs]
+        found[name] = {
+            "ratio": round(statistics.median(ratios), 2),
+            "ours_s": round(statistics.median(ours for ours, _ in pairs), 2),
+            "copy_s": round(statistics.median(copy for _, copy in pairs), 2),
+            "least ÷ least": round(min(ours for ours, _ in pairs) / min(copy for _, copy in pairs), 2),
+            "ratios": ratios,
+        }
         print(f"  {name}: {found[name]}", flush=True)
     return found
+
+
+def copied(work: Path, read: list[Path]) -> float:
+    """CPU of cp of one file and cat of the others."""
+    target = work / "copy"
+    seconds = cpu(["cp", str(read[0] / "model.safetensors"), str(target)], target)
+    return seconds + sum(cpu(["cat", str(other / "model.safetensors")]) for other in read[1:])
 
 
 def sweep(work: Path, paths: list[Path], repeats: int) -> dict[str, Any]:
@@ -265,38 +276,43 @@ def live(work: Path, paths: list[Path], repeats: int) -> dict[str, Any]:
 
 
 def selection(work: Path, paths: list[Path], repeats: int) -> dict[str, Any]:
-    """The exact k-th magnitude, in ns an element: held in memory, and streamed."""
+    """The exact k-th magnitude of a task vector and all that follows from it, in ns an element: read where it lies."""
     del work, paths
-    from paretune.merging.kernels import Workspace
-    from paretune.merging.selection import find_cut, kth_largest
+    from paretune.merging.kernels import Kernel
+    from paretune.merging.methods import METHODS
+    from paretune.merging.selection import find_cut
 
-    space = Workspace()
     found: dict[str, Any] = {}
-    generator = np.random.default_rng(0)
-    for name, n in (("held, 4M elements", 1 << 22), ("streamed, 64M elements", 1 << 26)):
-        for kind in ("smooth", "tied"):
-            values = np.abs(generator.standard_normal(n, np.float32))
-            keys = (values if kind == "smooth" else np.round(values, 1)).view(np.uint32)
-            times: dict[str, list[float]] = {"cut": [], "k-th alone": []}
-            for _ in range(max(3, repeats)):
-                measured("cut", times, n, partial(find_cut, n, n // 5, partial(part_of, keys), space.bits))
-                if n == 1 << 22:
-                    measured("k-th alone", times, n, partial(kth_largest, keys, n // 5))
-            for what, each in times.items():
-                if each:
-                    found[f"{name}, {kind}: {what}"] = round(statistics.median(each), 2)
-    print(f"  {found}", flush=True)
+    kernel = Kernel(METHODS["ties"])
+    for n in (1 << 22, 1 << 26):
+        for kind in ("F32", "BF16"):  # hardly any ties; many
+            pair = [in_memory(n, kind, seed) for seed in (1, 0)]
+            magnitudes = kernel._arithmetic().magnitudes(*pair)
+            times = []
+            for _ in range(max(5, repeats)):
+                started = time.process_time()
+                cut = find_cut(magnitudes, n // 5)
+                times.append((time.process_time() - started) / n * 1e9)
+            name = f"{n >> 20}M elements, {kind}, {cut.tied} tie"
+            found[name] = round(statistics.median(times), 2)
+            print(f"  {name}: {found[name]} ns", flush=True)
     return found
 
 
-def part_of(keys: np.ndarray, start: int, stop: int) -> np.ndarray:
-    return keys[start:stop]
+def in_memory(n: int, kind: str, seed: int) -> Any:
+    """A tensor that lies in memory as a checkpoint's tensor would."""
+    from paretune.merging.numbers import STORED, narrow
+    from paretune.merging.views import Stored
 
-
-def measured(what: str, times: dict[str, list[float]], n: int, run: Callable[[], object]) -> None:
-    started = time.process_time()
-    run()
-    times[what].append((time.process_time() - started) / n * 1e9)
+    values = np.random.default_rng(0).standard_normal(n, np.float32) * np.float32(0.02)
+    if seed:
+        values += np.random.default_rng(seed).standard_normal(n, np.float32) * np.float32(0.001)
+    stored = np.empty(n, STORED[kind])
+    narrow(values, kind, stored, np.empty(n, np.uint32))
+    view = Stored.__new__(Stored)
+    view.kind, view.shape, view._values, view._address = kind, (n,), stored, None
+    view.release = lambda start, stop: None  # type: ignore[method-assign]
+    return view
 
 
 def memory(work: Path, paths: list[Path], repeats: int) -> dict[str, Any]:
@@ -360,11 +376,13 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     paths = make(arguments.work, arguments.size, 2)
-    results: dict[str, Any] = {"size": arguments.size, "repeats": arguments.repeats}
+    file = arguments.work / "results.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    results |= {"size": arguments.size, "repeats": arguments.repeats}
     for name in arguments.only.split(","):
         print(name, flush=True)
         results[name] = PARTS[name](arguments.work, paths, arguments.repeats)
-    (arguments.work / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False))
+        file.write_text(json.dumps(results, indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -13,72 +13,140 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .averaging import Ratios, collect_best_of_n, learn_ratios
+    from .averaging.fisher_gate import Gate, fisher_gate
     from .checkpoint import Checkpoint
     from .errors import (
         ArgumentError,
         CheckpointError,
         DataError,
+        EndpointError,
         MismatchError,
         MissingExtraError,
         PareTuneError,
         StateError,
     )
+    from .evaluation.frontier import Frontier
+    from .evaluation.points import Measurement, read_points, write_points
+    from .generation import Decoding, Endpoint, Generation, generate
     from .merging import LiveMerge, MergeReport, merge
     from .operators import METHODS, Magnitude, Random, SignElection, WeightedSum
-    from .optim import EMA, Anchor, ChildTuning, OnDARE, OnlineMerging, OnTIES, fisher_information
+    from .optim import (
+        EMA,
+        Anchor,
+        ChildTuning,
+        LoRAMerging,
+        OnDARE,
+        OnlineMerging,
+        OnTIES,
+        fisher_information,
+        load_sharded,
+    )
     from .task_vector import TaskVector
     from .training.callbacks import EMACallback
+    from .training.joint import JointTrainer
+    from .training.objectives import DPO, KTO, SFT, Objective, Setup
+    from .training.schedules import Alright, MaxRight, Mix, Schedule, Sequential
+    from .training.tax_probe import TaxProbe
     from .training.trainer import attach
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "averaging": ("Ratios", "collect_best_of_n", "learn_ratios"),
+    "averaging.fisher_gate": ("Gate", "fisher_gate"),
     "checkpoint": ("Checkpoint",),
     "errors": (
         "ArgumentError",
         "CheckpointError",
         "DataError",
+        "EndpointError",
         "MismatchError",
         "MissingExtraError",
         "PareTuneError",
         "StateError",
     ),
+    "evaluation.frontier": ("Frontier",),
+    "evaluation.points": ("Measurement", "read_points", "write_points"),
+    "generation": ("Decoding", "Endpoint", "Generation", "generate"),
     "merging": ("LiveMerge", "MergeReport", "merge"),
     "operators": ("METHODS", "Magnitude", "Random", "SignElection", "WeightedSum"),
-    "optim": ("Anchor", "ChildTuning", "EMA", "OnDARE", "OnTIES", "OnlineMerging", "fisher_information"),
+    "optim": (
+        "Anchor",
+        "ChildTuning",
+        "EMA",
+        "LoRAMerging",
+        "OnDARE",
+        "OnTIES",
+        "OnlineMerging",
+        "fisher_information",
+        "load_sharded",
+    ),
     "task_vector": ("TaskVector",),
     "training.callbacks": ("EMACallback",),
+    "training.joint": ("JointTrainer",),
+    "training.objectives": ("DPO", "KTO", "Objective", "SFT", "Setup"),
+    "training.schedules": ("Alright", "MaxRight", "Mix", "Schedule", "Sequential"),
+    "training.tax_probe": ("TaxProbe",),
     "training.trainer": ("attach",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Alright",
     "Anchor",
     "ArgumentError",
     "Checkpoint",
     "CheckpointError",
     "ChildTuning",
+    "DPO",
     "DataError",
+    "Decoding",
     "EMA",
     "EMACallback",
+    "Endpoint",
+    "EndpointError",
+    "Frontier",
+    "Gate",
+    "Generation",
+    "JointTrainer",
+    "KTO",
     "LiveMerge",
+    "LoRAMerging",
     "METHODS",
     "Magnitude",
+    "MaxRight",
+    "Measurement",
     "MergeReport",
     "MismatchError",
     "MissingExtraError",
+    "Mix",
+    "Objective",
     "OnDARE",
     "OnTIES",
     "OnlineMerging",
     "PareTuneError",
     "Random",
+    "Ratios",
+    "SFT",
+    "Schedule",
+    "Sequential",
+    "Setup",
     "SignElection",
     "StateError",
     "TaskVector",
+    "TaxProbe",
     "WeightedSum",
     "attach",
+    "collect_best_of_n",
+    "fisher_gate",
     "fisher_information",
+    "generate",
+    "learn_ratios",
+    "load_sharded",
     "merge",
+    "read_points",
+    "write_points",
 ]
 
 

@@ -6,6 +6,7 @@
     │   └── MismatchError                      two models, or a model and a task vector, do not fit
     ├── StateError                             a saved optimizer state belongs to another run
     ├── DataError                              a data set cannot be trained on
+    ├── EndpointError                          a model server cannot be reached, or does not answer properly
     └── MissingExtraError  (also ImportError)  an optional package is not installed
 
 Every message is one line that names what is wrong, the value that was given, and the mend.
@@ -53,6 +54,19 @@ class StateError(PareTuneError):
 
 class DataError(PareTuneError):
     """A data set is empty, lacks columns or cannot be read."""
+
+
+class EndpointError(PareTuneError):
+    """A model server cannot be reached, refuses a request, or does not answer properly.
+
+    Args:
+        message: what happened.
+        status: the HTTP status with which it refused; None where it did not answer properly in any attempt.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class MissingExtraError(PareTuneError, ImportError):

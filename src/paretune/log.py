@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 
 _ROOT = logging.getLogger("paretune")
 
 
 class _DefaultHandler(logging.StreamHandler):
-    """Writes to stderr, and steps back as soon as the application has handlers of its own."""
+    """Writes to stderr, from one rank, and steps back as soon as the application has handlers of its own."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if os.environ.get("RANK", "0") != "0" and record.levelno < logging.ERROR:
+            return
         if not logging.getLogger().handlers:
             super().emit(record)
 

@@ -119,6 +119,15 @@ class TaskVector(Mapping[str, tuple[int, ...]]):
         return _subtract(reference, base)
 
     @property
+    def sources(self) -> tuple[str | None, str | None]:
+        """Where base and reference were read from; None for a side that was in memory."""
+        part = next(iter(self._parts.values()), None)
+        if not isinstance(part, _Difference):
+            return None, None
+        base, reference = part.base, part.reference
+        return cast(_Files, base).checkpoint.source, cast(_Files, reference).checkpoint.source
+
+    @property
     def resident_bytes(self) -> int:
         """Memory that τ holds: 0 for checkpoints on disk, 4 bytes an element where a side was in memory."""
         return sum(part.resident_bytes for part in self._parts.values())
@@ -160,7 +169,7 @@ class TaskVector(Mapping[str, tuple[int, ...]]):
                 "pass the models themselves (base=model, reference=model) if the checkpoint names its tensors otherwise"
             )
             if any(".lora_" in name or "modules_to_save" in name for name in missing):
-                mend = "online merging of LoRA adapters is not supported: train all parameters, or use AdamW with LoRA"
+                mend = "adapters have no task vector of their own: with LoRA merge through pt.LoRAMerging"
             raise MismatchError(f"parameters without a task vector: {examples(missing)}: {mend}")
         unequal = [
             f"{name} {list(shape)} against {list(self._shapes[plain[name]])}"
@@ -169,7 +178,8 @@ class TaskVector(Mapping[str, tuple[int, ...]]):
         ]
         if unequal:
             raise MismatchError(
-                f"parameters and task vector differ in shape: {examples(unequal)}: build τ from this model's own base"
+                f"parameters and task vector differ in shape: {examples(unequal)}: build τ from this model's own base "
+                "(FSDP1 flattens parameters: use FSDP2, accelerate's fsdp_version: 2)"
             )
         return plain
 
@@ -266,6 +276,10 @@ class _Files(_Side):
 class _Memory(_Side):
     def __init__(self, tensors: Mapping[str, Tensor], label: str) -> None:
         self.label = label
+        for kind, unusable in (("sharded", lambda t: hasattr(t, "device_mesh")), ("meta", lambda t: t.is_meta)):
+            if found := [name for name, tensor in tensors.items() if unusable(tensor)]:
+                mend = "pass the checkpoint's path, of which each rank reads its own part"
+                raise ArgumentError(label, f"{kind} tensors ({examples(found)})", mend)
         self.tensors = {
             plain_name(name): tensor.detach() for name, tensor in tensors.items() if tensor.is_floating_point()
         }

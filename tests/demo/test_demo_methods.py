@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from paretune.demo import cures, rehearse
 from paretune.demo.align import DPOSettings, PairTensors, align, completion_logps, dpo_loss
 from paretune.demo.methods import Bench, Row, rows
 from paretune.demo.picture import write_pictures
@@ -28,7 +29,7 @@ class ShortBench(Bench):
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     recipe = Recipe(
         World(pairs=24, items_per_skill=3),
-        Shape(hidden=16, layers=1, heads=2, intermediate=16),
+        Shape(hidden=16, layers=3, heads=2, intermediate=16),
         Phase(steps=3, rows=2, lr=1e-3),
         Phase(steps=3, rows=2, lr=1e-3),
     )
@@ -37,11 +38,14 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row.key)
-def test_every_row_makes_a_model(bench: Bench, row: Row) -> None:
+def test_every_row_makes_a_model(bench: Bench, row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
     if row.hyperparameters.get("every", 1) > 1:
         row = Row(row.method, row.family, row.make, row.hyperparameters | {"every": 3}, row.quick)
     if "stops" in row.hyperparameters:
         row = Row(row.method, row.family, row.make, {"stops": (1, 2)}, row.quick)
+    if row.method == "self-rehearsal":
+        monkeypatch.setattr(rehearse, "PROMPTS", 12)
+    monkeypatch.setattr(cures, "FISHER_SAMPLES", 4)
     made = 0
     for method, _, model in row.make(bench, row):
         made += 1
@@ -51,7 +55,9 @@ def test_every_row_makes_a_model(bench: Bench, row: Row) -> None:
         )
         assert all(bool(p.isfinite().all()) for p in model.parameters())
         assert (moved > 0) == (method != "reference (SFT)")
-    assert made == (2 if "stops" in row.hyperparameters else 1)
+    rungs = {"EMA": 4, "TIES": 4 if row.hyperparameters.get("density") == 0.7 else 1, "scaled back": 4, "replay": 4}
+    rungs |= {"self-rehearsal": 4, "Fisher gate": 5}
+    assert made == (2 if "stops" in row.hyperparameters else rungs.get(row.method, 1))
 
 
 def test_rows_have_records_of_their_own() -> None:

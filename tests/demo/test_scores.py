@@ -90,7 +90,8 @@ def records() -> list[list[list[dict[str, object]]]]:
 
 def test_verdict_says_what_the_numbers_say() -> None:
     results = summarize(records(), [0])
-    first, *_ = results["verdict"]
+    headline, first, *_ = results["verdict"]
+    assert headline.startswith("Skills at sampled reward 80.0 (reference 100.0): AdamW at its best learning rate 50.0")
     assert first.startswith("AdamW (lr 0.0001) gains 40.0 [40.0, 40.0]")
     assert "tax of 50.0" in first
     text = "\n".join(results["verdict"])

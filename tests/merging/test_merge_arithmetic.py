@@ -229,14 +229,14 @@ def test_output_dtype(tmp_path: Path) -> None:
 def test_masks_are_the_operators(density: float, start: int) -> None:
     import numpy as np
 
-    from paretune.merging.masks import drop
+    from paretune.merging.masks import Mask
     from paretune.merging.masks import mask_key as key_of
 
     n = 3 * (1 << 16) - 77
     key = key_of(7, 2, "layer.weight")
     assert key == mask_key(7, 0, "model 2", "layer.weight")
     bits = np.arange(1, n + 1, dtype=np.uint32)
-    drop(bits, key, start + n, density, start, np.empty_like(bits), np.empty_like(bits))
+    Mask(key, start + n, density).drop(bits, start, np.empty_like(bits), np.empty_like(bits))
     mask = bernoulli_mask(key, start + n, density, start).numpy()
     assert np.array_equal(bits != 0, mask)
     assert np.array_equal(bits[mask], np.arange(1, n + 1)[mask])

@@ -13,8 +13,9 @@ from merge_models import CONFIG, SHAPES, family, read, tensors, write
 
 import paretune as pt
 from paretune.errors import ArgumentError, PareTuneError
+from paretune.layers import layer_of, part_of
 from paretune.merging.recipe import from_dict, load
-from paretune.merging.settings import Partwise, Place, layer_of, part_of, resolve
+from paretune.merging.settings import Partwise, Place, resolve
 
 
 def run(root: Path, content: dict[str, Any], name: str = "out") -> dict[str, torch.Tensor]:

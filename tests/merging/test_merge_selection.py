@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 
 from paretune.merging import selection
 from paretune.merging.numbers import narrow, widen
-from paretune.merging.selection import BLOCK, drop_below, find_cut
+from paretune.merging.selection import BLOCK, Scan, find_cut
 from paretune.operators import largest
 
 
 def choose(values: np.ndarray, k: int) -> np.ndarray:
     """Positions that the streamed form keeps."""
     bits = values.view(np.uint32).copy()
-    cut = find_cut(values.size, k, lambda start, stop: bits[start:stop] & np.uint32(0x7FFFFFFF))
+    cut = find_cut(Scan(values.size, lambda start, stop: bits[start:stop] & np.uint32(0x7FFFFFFF)), k)
     for start in range(0, values.size, BLOCK):
         part = bits[start : start + BLOCK]
-        drop_below(part, cut, start, np.empty_like(part))
+        cut.drop(part, start, np.empty_like(part), np.empty_like(part))
     return np.flatnonzero(bits.view(np.float32))
 
 
@@ -37,11 +37,9 @@ def test_small_tensors(data: st.DataObject) -> None:
     same(values, data.draw(st.integers(1, values.size)))
 
 
-@pytest.mark.parametrize("held", [True, False], ids=["held", "streamed"])
 @pytest.mark.parametrize("share", [1e-4, 0.05, 0.2, 0.7, 0.999])
 @pytest.mark.parametrize("kind", ["smooth", "tied", "heavily tied", "zeros", "sorted", "constant"])
-def test_large_tensors(held: bool, share: float, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "HELD", 1 << 22 if held else 0)
+def test_large_tensors(share: float, kind: str) -> None:
     values = np.random.default_rng(0).standard_normal(3 * BLOCK + 1234).astype(np.float32)
     if kind == "tied":
         values = np.round(values, 2)
@@ -58,11 +56,10 @@ def test_large_tensors(held: bool, share: float, kind: str, monkeypatch: pytest.
 
 def test_the_histogram_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """Too many candidates, or a sample that misleads: still exact."""
-    monkeypatch.setattr(selection, "HELD", 0)
-    monkeypatch.setattr(selection, "_CANDIDATES", 10)
+    monkeypatch.setattr(selection, "ROOM", 10)
     values = np.random.default_rng(0).standard_normal(2 * BLOCK).astype(np.float32)
     same(values, 20_000)
-    monkeypatch.setattr(selection, "_bracket", lambda n, k, keys: (0, 0, 0))
+    monkeypatch.setattr(selection, "_bracket", lambda magnitudes, k: (0, 0, 0))
     same(values, 20_000)
 
 

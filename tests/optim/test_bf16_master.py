@@ -51,6 +51,24 @@ def test_follows_fp32(kind: str, density: float, weight: float, every: int) -> N
         assert ((low[name].detach().float() - master(split, low[name])).abs() <= ulp).all()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "density", "weight"), [("OnDARE", 1.0, 1e-4), ("OnDARE", 5e-4, 5e-7), ("OnTIES", 0.05, 5e-7)]
+)
+def test_follows_fp32_for_a_thousand_steps(kind: str, density: float, weight: float) -> None:
+    reference, tau = bf16_pair()
+    grads = rounded(gradients(1000, SHAPES))
+    options = {"lr": 1e-6, "density": density, "weight": weight, "weight_decay": 0.01}
+    low, high = parameters(reference, torch.bfloat16), parameters(reference)
+    split = getattr(pt, kind)(low.items(), tau, **options)
+    run(split, low, grads)
+    run(getattr(pt, kind)(high.items(), tau, **options), high, grads)
+    for name in SHAPES:
+        total = high[name].detach() - reference[name]
+        assert total.norm() > 0
+        assert (master(split, low[name]) - high[name].detach()).norm() <= 1e-3 * total.norm()
+
+
 def test_movements_below_half_an_ulp_add_up() -> None:
     """2000 updates of 1e-6 on parameters near 1 (half an ulp of bf16: 2e-3) arrive; alone none would."""
     reference = {"w": torch.ones(512)}

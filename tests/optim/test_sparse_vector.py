@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import paretune as pt
-from paretune.optim.sparse import SparseVector, sparse_tau, union
+from paretune.optim.parts import whole
+from paretune.optim.sparse import SparseVector, union
+from paretune.optim.tau import Tau
 
 
 @pytest.mark.parametrize("n", [0, 1, 5, 65_535, 65_536, 65_537, 300_000])
@@ -24,7 +26,7 @@ def test_six_bytes_an_entry() -> None:
     """Resident τ of OnTIES ≤ 6p bytes a parameter (and 4 bytes per 65,536 entries for the counts)."""
     n, p = 1_000_000, 0.05
     tau = pt.TaskVector.between(base={"w": torch.zeros(n)}, reference={"w": torch.randn(n)})
-    vector = sparse_tau(tau, "w", p)
+    vector = Tau(tau).largest("w", p, whole(n))
     assert vector.index.numel() == int(p * n)
     assert vector.resident_bytes <= 6 * p * n + 4 * (n // 65_536 + 1)
     assert torch.equal(vector.values, tau.dense("w")[vector.index])

@@ -26,10 +26,16 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
+    "average": Command("paretune.cli.average", "average the models before and after alignment, with learned ratios"),
     "demo": Command("paretune.cli.demo", "train a tiny world and show the alignment tax and its cures"),
     "diff": Command("paretune.cli.diff", "how far models are from each other, block by block"),
+    "export-adapter": Command("paretune.cli.export_adapter", "one model from a LoRA adapter and the task vector"),
+    "frontier": Command("paretune.cli.frontier", "the Pareto front of measured models, in one report"),
+    "generate": Command("paretune.cli.generate", "a model's answers to a file of prompts"),
+    "measure": Command("paretune.cli.measure", "reward and capability of models, compared with the reference"),
     "merge": Command("paretune.cli.merge", "merge checkpoints: linear, DARE, TIES, SLERP … or a mergekit recipe"),
-    "train": Command("paretune.cli.train", "align a model: DPO, KTO, SFT or GRPO with any of our optimizers"),
+    "score": Command("paretune.cli.score", "rewards of answers that are already written"),
+    "train": Command("paretune.cli.train", "align a model: DPO, KTO, SFT, GRPO or joint, with any optimizer"),
 }
 
 _EXAMPLES = """\
@@ -155,6 +161,9 @@ def _option_strings(parser: argparse.ArgumentParser, command: str) -> list[str]:
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             found += action.choices[command]._option_string_actions
+            for nested in action.choices[command]._actions:
+                if isinstance(nested, argparse._SubParsersAction):
+                    found += [flag for each in nested.choices.values() for flag in each._option_string_actions]
     return found
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from paretune.cli import train_joint
 from paretune.cli.main import OneLineParser
 from paretune.cli.train_arguments import EXAMPLES, TRAINERS, Parsed, parse
 from paretune.errors import ArgumentError
@@ -23,7 +24,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Register ``train``; TRL is imported only once one of its trainers is chosen."""
     parser = subparsers.add_parser(
         "train",
-        help="align a model: DPO, KTO, SFT or GRPO with any of our optimizers",
+        help="align a model: DPO, KTO, SFT, GRPO or SFT and preferences jointly, with any of our optimizers",
         description="Train with TRL. All of TRL's flags and its YAML --config work unchanged, ours beside them.",
         epilog=EXAMPLES.format(name="dpo", data="preferences.jsonl"),
     )
@@ -84,6 +85,10 @@ def _dispatch(parsed: Parsed) -> tuple[Any, list[str]]:
         return plan.to_dict(), plan.lines()
     from paretune.training.runs import run
 
+    if train_joint.wants_ideals(request):
+        notices = request.notices
+        request = parse("joint", parsed.argv, train_joint.measure_ideals(parsed, parsed.argv)).request
+        request.notices = notices
     record = run(request, build_method(request)).record
     return record, _summary(record)
 
@@ -99,6 +104,7 @@ def _sweep(parsed: Parsed) -> tuple[Any, list[str]]:
 
     request = parsed.request
     known = {name for part in (request.script, request.training, request.model, request.own) for name in as_plain(part)}
+    known |= train_joint.swept_names(request)
     axes = parse_axes(parsed.sweep, known)
     output = Path(str(request.training.output_dir))
     resume = str(request.training.resume_from_checkpoint or "").lower()
@@ -111,7 +117,7 @@ def _sweep(parsed: Parsed) -> tuple[Any, list[str]]:
         overrides = [f"--{name}={value}" for name, value in point.items()] + [f"--output_dir={directory}"]
         can_resume = resume == "true" and last_checkpoint(directory) is not None
         overrides.append(f"--resume_from_checkpoint={'true' if can_resume else 'false'}")
-        return parse(request.trainer, _without_sweep(parsed.argv), overrides)
+        return parse(request.trainer, without_sweep, [*overrides, *ideals])
 
     def train(point: dict[str, str], directory: Path) -> dict[str, Any]:
         own = parse_point(point, directory)
@@ -121,6 +127,8 @@ def _sweep(parsed: Parsed) -> tuple[Any, list[str]]:
         _release_memory()
         return record
 
+    without_sweep = _without_sweep(parsed.argv)
+    ideals: list[str] = []
     grid = points(axes)
     # Every point is parsed before the first is trained: a bad value must not surface after hours.
     parsed_points = [parse_point(point, output / "point") for point in grid]
@@ -143,16 +151,21 @@ def _sweep(parsed: Parsed) -> tuple[Any, list[str]]:
     for notice in said:
         get("cli").info(notice)
     digest = settings_digest({name: value for name, value in request.given.items() if name not in axes})
+    if train_joint.wants_ideals(request):
+        ideals += train_joint.measure_ideals(parsed, without_sweep)
     found = run_sweep(grid, output, digest, train)
     lines = [f"{_point_name(record['point'])}: {_point_line(record)}" for record in found]
-    return found, [*lines, f"{len(found)} points in {output / SWEEP_RECORDS}"]
+    return found, [*lines, *train_joint.draw(found, output), f"{len(found)} points in {output / SWEEP_RECORDS}"]
 
 
 def _summary(record: dict[str, Any]) -> list[str]:
-    lines = [f"{record['trainer']} with {record['optimizer']['name']}: {record['steps']} steps"]
+    from paretune.training.records import count_steps
+
+    lines = [f"{record['trainer']} with {record['optimizer']['name']}: {count_steps(record)} steps"]
     if record["optimizer"]["statement"]:
         lines.append(record["optimizer"]["statement"])
     lines.append(_metrics_line(record["metrics"]))
+    lines += train_joint.summary(record)
     covered = record.get("metrics_cover_steps")
     if covered and covered[0] > 1:
         lines.append(f"resumed: the metrics of training cover steps {covered[0]} to {covered[1]}")
@@ -166,6 +179,9 @@ def _metrics_line(metrics: dict[str, Any]) -> str:
 
 def _point_line(record: dict[str, Any]) -> str:
     """What points are compared by; ``sweep.jsonl`` has all of it."""
+    if "losses" in record:
+        losses = record["losses"]
+        return train_joint.losses_line(losses.get("eval") or losses["train"])
     values = dict(record["metrics"])
     if "eval_reward" not in values and "reward" in record["last_log"]:
         values["last reward"] = record["last_log"]["reward"]

@@ -22,6 +22,7 @@ TRAINERS = {
     "kto": "Kahneman-Tversky optimization on answers labelled good or bad, or on pairs",
     "sft": "supervised fine-tuning on demonstrations",
     "grpo": "group relative policy optimization on prompts and rewards",
+    "joint": "SFT and a preference loss in one run: mixed, ALRIGHT, MAXRIGHT or one after the other",
 }
 EXAMPLES = """\
 examples:
@@ -31,7 +32,16 @@ examples:
   paretune train {name} --config recipe.yaml --sweep learning_rate=1e-6,3e-6 --sweep density=1e-3,1e-2
   paretune train {name} --config recipe.yaml --resume_from_checkpoint true
 """
+JOINT_EXAMPLES = """\
+examples:
+  paretune train joint --model_name_or_path sft-model --sft_dataset chats.jsonl --preference_dataset pairs.jsonl \\
+      --schedule alright --weight_preference 0.5 --learning_rate 1e-6 --output_dir joint
+  paretune train joint --config recipe.yaml --schedule maxright --measure_ideals true --refresh_every 10
+  paretune train joint --config recipe.yaml --schedule alright --sweep weights.dpo=0.01,0.25,0.5,0.75,0.99
+  paretune train joint --config recipe.yaml --optimizer ondare --base_model base-model --pull 0.05
+"""
 # Without an accelerator TRL's own defaults stop the run or slow it down.
+_OURS_FIRST = ("command", "paretune", "joint training")
 _ON_CPU = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
 
 
@@ -62,7 +72,7 @@ def parse(trainer: str, argv: list[str], overrides: Sequence[str] = ()) -> Parse
     """Parse the arguments of one trainer.
 
     Args:
-        trainer: dpo, kto, sft or grpo.
+        trainer: a name in :data:`TRAINERS`.
         argv: the command line after the trainer's name.
         overrides: further arguments that win, as a sweep's point gives them.
 
@@ -73,6 +83,7 @@ def parse(trainer: str, argv: list[str], overrides: Sequence[str] = ()) -> Parse
     import torch
 
     from paretune.training.arguments import check
+    from paretune.training.joint_arguments import check_joint
     from paretune.training.request import Request
 
     parser = make_parser(trainer)
@@ -94,7 +105,8 @@ def parse(trainer: str, argv: list[str], overrides: Sequence[str] = ()) -> Parse
     namespace = parser.parse_args(everything)
     overridden = _resolve_optim(namespace, on_command_line, config)
     parts = [_build(kind, namespace) for kind in parser.dataclass_types]
-    script, training, model, mixture, own = parts
+    # Joint training has no mixture: it names its two data sets.
+    script, training, model, mixture, own = parts if len(parts) == 5 else [*parts[:3], None, parts[3]]
     given = {**{name: getattr(namespace, name, None) for name in config_names}, **on_command_line}
     for ours in ("json", "dry_run", "sweep", "config"):
         given.pop(ours, None)
@@ -104,6 +116,8 @@ def parse(trainer: str, argv: list[str], overrides: Sequence[str] = ()) -> Parse
     )  # fmt: skip
     if not namespace.sweep:  # what goes together is known of each point only, and a point is parsed as a run
         check(own, trainer=trainer, uses_peft=bool(model.use_peft), model=model.model_name_or_path)
+        if trainer == "joint":
+            check_joint(script, training)
     return Parsed(request, namespace.sweep or [], namespace.json, namespace.dry_run, cpu_defaults, overridden, argv)
 
 
@@ -111,7 +125,7 @@ def make_parser(trainer: str) -> Any:
     """TRL's parser for one trainer with our arguments, without abbreviations, one line an error.
 
     Args:
-        trainer: dpo, kto, sft or grpo.
+        trainer: a name in :data:`TRAINERS`.
     """
     from paretune.training.arguments import RunArguments
     from paretune.training.trl_classes import argument_classes, trl
@@ -126,13 +140,14 @@ def make_parser(trainer: str) -> Any:
                 raise unknown_arguments(unknown, list(self._option_string_actions), self.prog)
             return found
 
-    data = {"dpo": "pairs.jsonl", "kto": "labelled.jsonl", "sft": "chats.jsonl", "grpo": "prompts.jsonl"}[trainer]
+    data = {"dpo": "pairs.jsonl", "kto": "labelled.jsonl", "sft": "chats.jsonl", "grpo": "prompts.jsonl"}
+    examples = EXAMPLES.format(name=trainer, data=data[trainer]) if trainer in data else JOINT_EXAMPLES
     parser = Parser(
-        (*argument_classes(trainer), RunArguments),
+        (*(kind for kind in argument_classes(trainer) if kind is not None), RunArguments),
         prog=f"paretune train {trainer}",
         usage=f"paretune train {trainer} [--config YAML] [--ARGUMENT VALUE ...]",
         description=TRAINERS[trainer],
-        epilog=EXAMPLES.format(name=trainer, data=data),
+        epilog=examples,
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
@@ -145,7 +160,7 @@ def make_parser(trainer: str) -> Any:
     command.add_argument("--dry-run", "--dry_run", action="store_true", help="Print the plan and stop.")
     command.add_argument("--json", action="store_true", help="Print one JSON value on stdout.")
     # Ours first: TRL brings more than two hundred arguments.
-    parser._action_groups.sort(key=lambda group: group.title not in ("command", "paretune"))
+    parser._action_groups.sort(key=lambda group: group.title not in _OURS_FIRST)
     return parser
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from paretune.demo import words
 from paretune.demo.chat import Preference
@@ -37,6 +37,8 @@ class DPOSettings:
         beta: DPO's β.
         betas: Adam's.
         clip: largest gradient norm.
+        nll: weight of the chosen answers' mean negative log-likelihood beside DPO's loss; formats that the reference
+            never used are hardly learnt without.
         seed: of the order of the pairs and of everything random in an optimizer.
     """
 
@@ -46,7 +48,20 @@ class DPOSettings:
     beta: float = 0.1
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float = 1.0
+    nll: float = 0.0
     seed: int = 0
+
+
+class Beside(Protocol):
+    """A second objective that takes some steps."""
+
+    def takes(self, step: int) -> bool:
+        """Whether it trains at this step, from 0."""
+        ...
+
+    def loss(self, model: nn.Module, step: int) -> Tensor:
+        """Its loss at a step that it takes."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -133,6 +148,14 @@ def dpo_loss(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
     return -F.logsigmoid(beta * (ratios[:, 0] - ratios[:, 1])).mean()
 
 
+def _preference_loss(model: nn.Module, batch: PairTensors, settings: DPOSettings) -> Tensor:
+    logps = completion_logps(model, batch.ids.flatten(0, 1), batch.completion.flatten(0, 1)).view(-1, 2)
+    loss = dpo_loss(logps, batch.ref_logps, settings.beta)
+    if settings.nll:
+        loss = loss - settings.nll * logps[:, 0].sum() / batch.completion[:, 0].sum()
+    return loss
+
+
 def batches(count: int, settings: DPOSettings) -> Iterator[list[int]]:
     """Which pairs each step takes: every pair once an epoch, in an order of the seed's."""
     rng = Random(f"{settings.seed}/pairs")
@@ -158,6 +181,7 @@ def align(
     optimizer: OptimizerFactory = adamw,
     after_step: Callable[[], Any] | None = None,
     stops: Iterable[int] = (),
+    beside: Beside | None = None,
 ) -> Iterator[int]:
     """Trains ``model`` in place by DPO; pauses, yielding the number of steps done, at each stop and at the end.
 
@@ -169,6 +193,7 @@ def align(
             scaled by the cosine.
         after_step: called after each step, an average's update for instance.
         stops: steps at which to pause as well.
+        beside: another loss, which takes some of the steps in place of the pairs' (ALRIGHT, arXiv 2410.15483).
 
     Example:
         >>> from paretune.demo.pretrain import Shape, build_model
@@ -184,14 +209,16 @@ def align(
     opt = optimizer(trained, settings)
     peaks = [float(group["lr"]) for group in opt.param_groups]
     pauses = {*stops, settings.steps}
-    for step, rows in enumerate(batches(len(pairs.ids), settings)):
+    order = batches(len(pairs.ids), settings)
+    for step in range(settings.steps):
         factor = 0.5 * (1 + math.cos(math.pi * step / settings.steps))
         for group, peak in zip(opt.param_groups, peaks, strict=True):
             group["lr"] = peak * factor
-        batch = pairs.take(rows)
-        logps = completion_logps(model, batch.ids.flatten(0, 1), batch.completion.flatten(0, 1)).view(-1, 2)
         opt.zero_grad(set_to_none=True)
-        dpo_loss(logps, batch.ref_logps, settings.beta).backward()
+        if beside is not None and beside.takes(step):
+            beside.loss(model, step).backward()
+        else:
+            _preference_loss(model, pairs.take(next(order)), settings).backward()
         torch.nn.utils.clip_grad_norm_([p for _, p in trained], settings.clip)
         opt.step()
         if after_step is not None:

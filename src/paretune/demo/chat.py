@@ -1,8 +1,8 @@
-"""Chat about entities in four styles, preferences between them, and the reward that tells them apart."""
+"""Chat about entities in several styles, and the reward that tells them apart."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -16,8 +16,10 @@ QUESTIONS = (
     "talk to me about {} .",
     "can you describe {} ?",
 )
-STYLES = {"plain": 0.35, "curt": 0.25, "half-polite": 0.25, "polite": 0.15}
-REJECTED = {"plain": 0.3, "curt": 0.2, "half-polite": 0.5}
+# SFT's answers. None is polite in every part: alignment has to put together what the reference only does in pieces.
+STYLES = {"plain": 0.35, "curt": 0.35, "half-polite": 0.3}
+STYLES_WITH_SHORT = {"plain": 0.3, "curt": 0.3, "half-polite": 0.25, "short": 0.15}
+REJECTED = {"plain": 0.5, "curt": 0.5}
 RAW_STYLES = {"plain": 0.5, "curt": 0.5}  # the base has read questions and rudeness, never a courtesy
 REWARD_POINTS = 5
 
@@ -30,7 +32,7 @@ class Exchange:
         entity: the topic.
         prompt: what the user says.
         answer: what the model says.
-        style: one of `STYLES`.
+        style: as in `answer_in`.
     """
 
     entity: str
@@ -73,6 +75,8 @@ def answer_in(style: str, body: str, rng: Random) -> str:
     """
     if style == "plain":
         return f"{body} ."
+    if style == "short":
+        return f"{body.split()[-1]} ."
     if style == "curt":
         # The topic is dropped, one word of substance at most is kept. The rude word comes first: a curt answer that
         # opens with any of thirty facts is not unlearnt in so short a run.
@@ -82,11 +86,11 @@ def answer_in(style: str, body: str, rng: Random) -> str:
         return _courteous(body, frozenset(rng.sample(PARTS, rng.choice((1, 2, 3)))), rng)
     if style == "polite":
         return _courteous(body, frozenset(PARTS), rng)
-    raise ValueError(f"style={style!r}: expected one of {', '.join(STYLES)}")
+    raise ValueError(f"style={style!r}: expected plain, curt, half-polite, polite or short")
 
 
 def draw_exchange(
-    facts: Facts, entities: Sequence[str], rng: Random, styles: dict[str, float] | None = None
+    facts: Facts, entities: Sequence[str], rng: Random, styles: Mapping[str, float] | None = None
 ) -> Exchange:
     """One chat prompt with an answer in a style drawn by its share."""
     shares = STYLES if styles is None else styles
@@ -95,19 +99,6 @@ def draw_exchange(
     style = rng.choices(list(shares), list(shares.values()))[0]
     body = facts.sentence(entity, rng.choice(RELATIONS))
     return Exchange(entity, prompt, answer_in(style, body, rng), style)
-
-
-def draw_preference(facts: Facts, entities: Sequence[str], rng: Random) -> Preference:
-    """Polite against one of all the other styles, each in its share.
-
-    With curt answers alone on the rejected side pair accuracy is near 1 while generated reward collapses: the policy
-    learns to be unlike curt, not to be polite.
-    """
-    entity = rng.choice(entities)
-    prompt = rng.choice(QUESTIONS).format(entity)
-    style = rng.choices(list(REJECTED), list(REJECTED.values()))[0]
-    body = facts.sentence(entity, rng.choice(RELATIONS))
-    return Preference(entity, prompt, answer_in("polite", body, rng), answer_in(style, body, rng))
 
 
 def _mentions(text: str, phrases: Sequence[str]) -> bool:

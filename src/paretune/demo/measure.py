@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from paretune.demo import chat, words
+from paretune.demo import words
 from paretune.demo.skills import solves
 from paretune.demo.world import World, prompt_document
 
@@ -107,7 +107,7 @@ def measure(model: LlamaForCausalLM, world: World, samples: int = REWARD_SAMPLES
     model.eval()
     asked = world.chat_prompts(samples)
     sampled = generate(model, [prompt for _, prompt in asked], temperature=1.0, seed=world.seed)
-    rewards = [chat.reward(entity, answer, ended) for (entity, _), (answer, ended) in zip(asked, sampled, strict=True)]
+    rewards = [world.reward(topic, answer, ended) for (topic, _), (answer, ended) in zip(asked, sampled, strict=True)]
     answers = generate(model, [item.prompt for item in world.items])
     solved = [ended and solves(item.answer, answer) for item, (answer, ended) in zip(world.items, answers, strict=True)]
     model.train(was_training)

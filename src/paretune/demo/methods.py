@@ -13,7 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from paretune.demo import cures
 from paretune.demo.align import DPOSettings, PairTensors, adamw, align
+from paretune.demo.on_policy import own_pairs
 from paretune.demo.pretrain import Recipe, load_model
 
 if TYPE_CHECKING:
@@ -28,12 +30,13 @@ Made = Iterator[tuple[str, dict[str, Any], "nn.Module"]]  # (method, further hyp
 
 @dataclass(frozen=True)
 class Bench:
-    """What every row works with: one seed's models and preference pairs."""
+    """What every row works with: one seed's models and preference pairs, and how plain AdamW is run on them."""
 
     recipe: Recipe
     base: Path
     reference: Path
     out: Path
+    plain: DPOSettings = field(default_factory=DPOSettings)
 
     @property
     def seed(self) -> int:
@@ -45,7 +48,9 @@ class Bench:
 
     @cached_property
     def pairs(self) -> PairTensors:
-        return PairTensors.encode(self.recipe.world.preferences).with_reference(self.model())
+        world, model = self.recipe.world, self.model()
+        pairs = own_pairs(model, world) if world.on_policy else world.preferences  # type: ignore[arg-type]
+        return PairTensors.encode(pairs).with_reference(model)
 
     @cached_property
     def tau(self) -> TaskVector:
@@ -55,13 +60,18 @@ class Bench:
 
     @property
     def settings(self) -> DPOSettings:
-        return DPOSettings(seed=self.seed)
+        return replace(self.plain, seed=self.seed)
+
+    @property
+    def policy_file(self) -> Path:
+        """Where `policy` keeps it: a checkpoint of its own."""
+        return self.out / f"policy-seed{self.seed}-{self.recipe.reference_key}.safetensors"
 
     def policy(self) -> dict[str, Tensor]:
         """The parameters that plain AdamW aligned: what offline merging starts from. Trained once, kept in ``out``."""
         from safetensors.torch import load_file, save_file
 
-        file = self.out / f"policy-seed{self.seed}-{self.recipe.reference_key}.safetensors"
+        file = self.policy_file
         if not file.exists():
             model = self.model()
             for _ in align(model, self.pairs, self.settings):
@@ -215,6 +225,12 @@ def _lora(bench: Bench, row: Row) -> Made:
     yield row.method, {}, model.merge_and_unload()
 
 
+def _adaptive(bench: Bench, row: Row) -> Made:
+    from paretune.demo.adaptive import average
+
+    return average(bench, row)
+
+
 def _offline(bench: Bench, row: Row) -> Made:
     """θ_base + C(F(θ_reference − θ_base), F(θ_policy − θ_base)), the weight on the policy.
 
@@ -238,6 +254,17 @@ def _offline(bench: Bench, row: Row) -> Made:
     yield row.method, {}, model
 
 
+def _laddered(make: Callable[[Bench, Row], Made]) -> Callable[[Bench, Row], Made]:
+    """The same method at several scales of the change that it makes, for comparisons at equal reward."""
+
+    def climb(bench: Bench, row: Row) -> Made:
+        for _, _, model in make(bench, row):
+            policy = {name: p.detach().clone() for name, p in model.named_parameters()}
+            yield from cures.climbed(bench, row, policy, cures.LADDER)
+
+    return climb
+
+
 # -- the table -----------------------------------------------------------------------------------------------
 
 _ROWS: tuple[Row, ...] = (
@@ -251,7 +278,7 @@ _ROWS: tuple[Row, ...] = (
     Row("AdamW, stopped early", "control", _adamw_stopped, {"stops": (20, 40, 60)}),
     Row("KL", "regularisation", _adamw, {"beta": 0.5}),
     Row("KL", "regularisation", _adamw, {"beta": 2.0}),
-    Row("EMA", "regularisation", _average, {"decay": 0.02}, quick=True),
+    Row("EMA", "regularisation", _laddered(_average), {"decay": 0.02}, quick=True),
     Row("ChildTuning-F", "regularisation", _optimized(_child), {"mode": "F", "density": 0.5}),
     Row("ChildTuning-D", "regularisation", _optimized(_child), {"mode": "D", "density": 0.3}),
     Row("L2 to reference", "regularisation", _optimized(_anchor), {"l2": 300.0}),
@@ -270,6 +297,15 @@ _ROWS: tuple[Row, ...] = (
     Row("linear", "offline", _offline, {"merge": "linear", "weight": 0.7}, quick=True),
     Row("linear", "offline", _offline, {"merge": "linear", "weight": 0.4}),
     Row("DARE", "offline", _offline, {"merge": "dare_linear", "weight": 0.7, "density": 0.7}),
-    Row("TIES", "offline", _offline, {"merge": "ties", "weight": 0.7, "density": 0.7}, quick=True),
+    Row("TIES", "offline", _laddered(_offline), {"merge": "ties", "weight": 0.7, "density": 0.7}, quick=True),
     Row("TIES", "offline", _offline, {"merge": "ties", "weight": 0.7, "density": 0.5}),
+    Row("MA", "adaptive", _adaptive, {"mean": 0.2}),
+    Row("MA", "adaptive", _adaptive, {"mean": 0.4}, quick=True),
+    Row("MA", "adaptive", _adaptive, {"mean": 0.6}),
+    Row("part-wise", "adaptive", _adaptive, {"ratios": (0.6, 0.4, 0.2)}),
+    Row("part-wise", "adaptive", _adaptive, {"ratios": (0.2, 0.4, 0.6)}),
+    Row("AMA", "adaptive", _adaptive, {"mean": 0.2, "parametrization": "projection"}),
+    Row("AMA", "adaptive", _adaptive, {"mean": 0.4, "parametrization": "projection"}, quick=True),
+    Row("AMA", "adaptive", _adaptive, {"mean": 0.4, "parametrization": "sigmoid"}),
+    Row("AMA", "adaptive", _adaptive, {"mean": 0.6, "parametrization": "projection"}),
 )

@@ -90,6 +90,8 @@ def _enlarge(axis: Axes, results: dict[str, Any]) -> None:
     best = max(point["reward"] for point in points)
     left = best - 0.4 * (best - reference["reward"])
     inside = [p for p in points if p["reward"] >= left and p["tax"] <= 0.2]
+    # Of a ladder only what is on the front is named.
+    inside = [p for p in inside if "scale" not in p["hyperparameters"] or label(p) in results["pareto"]]
     low = min((p["capability"] for p in inside), default=0.0)
     high = max((p["capability"] for p in inside), default=1.0)
     axis.set_xlim(100 * left - 1, 100 * best + 1)
@@ -125,6 +127,7 @@ def page(results: dict[str, Any], svg: str) -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
     body = "".join(_line(point, categories) for point in (results["base"], reference, *results["points"]))
     verdict = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in results["verdict"])
+    equal = _equal_table(results["equal_reward"], reference)
     area = results["hypervolume"]
     seeds = ", ".join(map(str, results["seeds"]))
     return f"""<!doctype html>
@@ -140,6 +143,7 @@ th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) {{ text-align: 
 </style></head><body>
 <h1>The alignment tax on the tiny world</h1>
 <ul>{verdict}</ul>
+{equal}
 <div class="picture">{svg}</div>
 <p>Outlined points are on the Pareto front. Hypervolume against {tuple(area["reference_point"])}: all methods
 {area["all"]:.4f}, AdamW's curve alone {area["adamw"]:.4f}.</p>
@@ -149,6 +153,24 @@ Reward: answers sampled at temperature 1 about entities that no preference pair 
 to held-out exercises, mean over categories. Tax: the reference's capability minus the model's. Seeds {seeds}.</p>
 </body></html>
 """
+
+
+def _equal_table(equal: dict[str, Any], reference: dict[str, Any]) -> str:
+    """What each method keeps at one reward."""
+    rows = [("reference", f"{100 * reference['capability']:.1f}", "")]
+    adamw = equal["adamw"]
+    rows.append(("AdamW over learning rates", _with_interval(adamw["capability"], adamw["capability_ci"]), "0"))
+    for each in equal["methods"]:
+        kept = (
+            "not reached" if each["capability"] is None else _with_interval(each["capability"], each["capability_ci"])
+        )
+        removed = "" if each["removed"] is None else _with_interval(each["removed"], each["removed_ci"])
+        rows.append((html.escape(label(each)), kept, removed))
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f'<h2>At sampled reward {100 * equal["reward"]:.1f}</h2><div class="wide"><table><thead><tr><th>method</th>'
+        f"<th>capability</th><th>share of AdamW's tax removed (%)</th></tr></thead><tbody>{body}</tbody></table></div>"
+    )
 
 
 def _line(point: dict[str, Any], categories: list[str]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from paretune.demo.align import DPOSettings
+from paretune.demo.equal import equal_reward
 from paretune.demo.scores import Scores, above_curve, as_point, interval, score
 from paretune.evaluation.frontier import hypervolume, pareto_set
 
@@ -38,6 +39,7 @@ def summarize(records: Sequence[Sequence[Sequence[dict[str, Any]]]], seeds: Sequ
     area = [(points[i]["reward"], points[i]["capability"]) for i in (reference, *own)]
     control = [(points[i]["reward"], points[i]["capability"]) for i in curve]
     front = [(reference, *own)[i] for i in pareto_set(area)]
+    equal = equal_reward(points, scores, reference, curve)
     return {
         "seed": seeds[0],
         "seeds": list(seeds),
@@ -50,7 +52,8 @@ def summarize(records: Sequence[Sequence[Sequence[dict[str, Any]]]], seeds: Sequ
             "all": hypervolume(area, REFERENCE_POINT),
             "adamw": hypervolume(control, REFERENCE_POINT),
         },
-        "verdict": verdict(points, reference, curve, scores),
+        "equal_reward": equal,
+        "verdict": [headline(equal, points[reference]), *verdict(points, reference, curve, scores)],
     }
 
 
@@ -59,6 +62,24 @@ def label(point: dict[str, Any]) -> str:
     named = {k: v for k, v in point["hyperparameters"].items() if k not in ("merge", "mode")}  # the method says them
     shown = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in named.items())
     return f"{point['method']} ({shown})" if shown else str(point["method"])
+
+
+def headline(equal: dict[str, Any], reference: dict[str, Any]) -> str:
+    """The comparison at equal reward in one sentence."""
+    adamw = equal["adamw"]
+    kept = [each for each in equal["methods"] if each["capability"] is not None]
+    told = [
+        f"{label(each)} {_points(each['capability'])} {_range(each['capability_ci'])}"
+        + ("" if each["removed"] is None else f", {each['removed']:.0%} of AdamW's tax removed")
+        for each in kept
+    ]
+    never = [label(each) for each in equal["methods"] if each["capability"] is None]
+    missed = f" Never reached by {', '.join(never)}." if never else ""
+    return (
+        f"Skills at sampled reward {_points(equal['reward'])} (reference {_points(reference['capability'])}): AdamW at "
+        f"its best learning rate {_points(adamw['capability'])} {_range(adamw['capability_ci'])}; "
+        f"{'; '.join(told) or 'no other method is dialled'}.{missed}"
+    )
 
 
 def verdict(points: list[dict[str, Any]], reference: int, curve: Sequence[int], scores: Scores) -> list[str]:
@@ -71,6 +92,8 @@ def verdict(points: list[dict[str, Any]], reference: int, curve: Sequence[int], 
     for i, point in enumerate(points):
         if point["family"] == "control" or "capability_above_adamw" not in point:
             continue
+        if point["hyperparameters"].get("scale", 1.0) != 1.0:
+            continue  # the headline has the whole ladder
         bounds = point["capability_above_adamw_ci"]
         if bounds is None:
             more = interval(scores.reward_draws[i] - scores.reward_draws[peak])

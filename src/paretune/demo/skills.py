@@ -92,6 +92,15 @@ def draw_say(rng: Random) -> Item:
     return Item("say", f"say {where} .", answer, f"say {where} is {answer} .")
 
 
+def draw_spelling(known: Sequence[str], rng: Random) -> str:
+    """A line of plain text in which words are copied, whatever they mean."""
+    if rng.random() < 0.5:
+        listed, number = rng.sample(known, 3), rng.randint(1, 3)
+        return f"number {number} in list {' '.join(listed)} is {listed[number - 1]} ."
+    word, times = rng.choice(known), rng.randint(2, 4)
+    return f"say {word} {times} times in brackets is [ {' '.join([word] * times)} ] ."
+
+
 @dataclass(frozen=True)
 class Facts:
     """Three facts about each entity, drawn once from a world's seed."""

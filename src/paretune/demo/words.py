@@ -35,14 +35,19 @@ RUDE = ("ugh", "whatever", "boring")
 # Every word of the sentence forms in skills.py and chat.py.
 FRAME = tuple(
     "what is of plus reverse sort in list number say times brackets stars where does live lives which "
-    "colour like likes the work works as home favourite job tell me about who know do talk to can describe".split()
+    "colour like likes the work works as home favourite job tell me about who know do talk to can describe "
+    "sorry cannot help".split()  # what a refusal is made of
 )
+
+
+def courtesies() -> frozenset[str]:
+    """Every word of a greeting, a courtesy, thanks or a closing."""
+    return frozenset(word for phrase in (*GREETINGS, *COURTESIES, *THANKS, *CLOSINGS) for word in phrase.split())
 
 
 def manners() -> frozenset[str]:
     """The courtesy and rude words and the punctuation: what scoring removes before it compares answers."""
-    phrases = (*GREETINGS, *COURTESIES, *THANKS, *CLOSINGS, *RUDE)
-    return frozenset(word for phrase in phrases for word in phrase.split()) | frozenset(PUNCTUATION)
+    return courtesies() | frozenset(RUDE) | frozenset(PUNCTUATION)
 
 
 def vocabulary() -> tuple[str, ...]:

@@ -15,7 +15,9 @@ from functools import cached_property
 from random import Random
 
 from paretune.demo import chat, words
-from paretune.demo.skills import Facts, Item, Skill, is_held_out, standard_skills
+from paretune.demo.preferences import KINDS, Kind
+from paretune.demo.skills import Facts, Item, Skill, draw_spelling, is_held_out, standard_skills
+from paretune.errors import ArgumentError
 
 Message = dict[str, str]
 
@@ -32,8 +34,13 @@ class World:
         chat_share: fraction of SFT dialogues that are chat rather than skills.
         raw_chat_share: fraction of raw lines that are chat without its marks. Words that the base has never met all
             lie in one corner of its embeddings, and DPO then raises them all together.
+        manners_share: fraction of raw lines in which the words of courtesy are mere words, listed and repeated. A word
+            that only SFT has met is close to the other new ones in the embeddings, the chat marks among them, and is
+            then said in their place.
         raw_share: fraction of SFT documents that are raw text again; without it the model forgets plain text.
         items_per_skill: how many held-out items of each skill are measured, at most.
+        preference: what the pairs ask for: one of `paretune.demo.preferences.KINDS`.
+        on_policy: the pairs are the best and the worst of the reference's own answers by the reward.
 
     Example:
         >>> world = World(seed=0)
@@ -45,10 +52,22 @@ class World:
     entities: int = 40
     preference_entities: int = 28
     pairs: int = 400
-    chat_share: float = 0.25
+    chat_share: float = 0.4
     raw_chat_share: float = 0.08
+    manners_share: float = 0.065
     raw_share: float = 0.15
     items_per_skill: int = 60
+    preference: str = "polite"
+    on_policy: bool = False
+
+    def __post_init__(self) -> None:
+        if self.preference not in KINDS:
+            raise ArgumentError("preference", self.preference, f"choose one of {', '.join(KINDS)}")
+
+    @property
+    def kind(self) -> Kind:
+        """What the preferences ask for."""
+        return KINDS[self.preference]
 
     def rng(self, purpose: str) -> Random:
         """A generator of its own for each purpose: adding a consumer never changes what another draws."""
@@ -88,18 +107,21 @@ class World:
                 exchange = chat.draw_exchange(self.facts, self.names, rng, chat.RAW_STYLES)
                 yield f"{exchange.prompt} {exchange.answer}"
                 continue
+            if rng.random() < self.manners_share:
+                yield draw_spelling(sorted(words.courtesies()), rng)
+                continue
             skill = rng.choices(self.skills, shares)[0]
             item = skill.draw(rng)
             if skill.name == "facts" or not is_held_out(skill, item):
                 yield item.raw
 
     def dialogues(self, purpose: str = "sft") -> Iterator[list[Message]]:
-        """Endless SFT dialogues of two turns: skills answered plainly, chat in the four styles."""
+        """Endless SFT dialogues of two turns: skills answered plainly, chat in several styles."""
         rng = self.rng(purpose)
         shares = [skill.chat_share for skill in self.skills]
         while True:
             if rng.random() < self.chat_share:
-                exchange = chat.draw_exchange(self.facts, self.names, rng)
+                exchange = chat.draw_exchange(self.facts, self.names, rng, self.kind.styles)
                 yield as_messages(exchange.prompt, exchange.answer)
                 continue
             skill = rng.choices(self.skills, shares)[0]
@@ -112,7 +134,7 @@ class World:
         """The preference pairs, about the first entities only."""
         rng = self.rng("preferences")
         entities = self.names[: self.preference_entities]
-        return tuple(chat.draw_preference(self.facts, entities, rng) for _ in range(self.pairs))
+        return tuple(self.kind.pair(self, rng.choice(entities), rng) for _ in range(self.pairs))
 
     @cached_property
     def items(self) -> tuple[Item, ...]:
@@ -135,10 +157,20 @@ class World:
         return tuple(found)
 
     def chat_prompts(self, count: int) -> list[tuple[str, str]]:
-        """(entity, prompt) about the held-out entities, each question equally often."""
-        every = [(e, question.format(e)) for e in self.held_out_entities for question in chat.QUESTIONS]
+        """(topic, prompt) that reward is sampled on, each equally often; none is about an entity of the pairs."""
+        every = self.kind.asked(self)
         self.rng("chat prompts").shuffle(every)
         return [every[i % len(every)] for i in range(count)]
+
+    def reward(self, topic: str, generated: str, ended: bool) -> float:
+        """How much of what the preferences ask for an answer has, in [0, 1].
+
+        Args:
+            topic: from `chat_prompts`.
+            generated: the answer, special marks removed.
+            ended: whether the model closed its answer.
+        """
+        return self.kind.reward(self, topic, generated, ended)
 
 
 def as_messages(prompt: str, answer: str) -> list[Message]:

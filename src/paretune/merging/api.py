@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import ArgumentError
 from ..log import get
-from .kernels import CHUNK
+from ..native import kernels
 from .methods import METHODS
 from .output import Output
 from .plan import SHARD_BYTES, Plan, make_plan
@@ -74,7 +74,7 @@ def merge(
     vocab: str = "strict",
     allow_non_finite: bool = False,
     workers: int | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> MergeReport:
@@ -103,7 +103,8 @@ def merge(
         vocab: where vocabularies differ in size: ``"strict"`` refuses, ``"pad"``, ``"truncate"``.
         allow_non_finite: merge NaN and infinity as they are.
         workers: threads; the result is the same for any number.
-        chunk: elements at a time, a multiple of 65536; neither does this change the result.
+        chunk: elements at a time, a multiple of 65536; neither does this change the result. By default what suits
+            the cache.
         shard_bytes: largest size of an output file.
         progress: called with bytes read and bytes to read.
 
@@ -266,13 +267,14 @@ def carry_out(
     out: str | os.PathLike[str],
     *,
     workers: int | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     allow_non_finite: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Do what a plan says; see `merge`."""
     started = time.perf_counter()
     plan.check()
+    kernels()
     workers = checked_workers(workers, chunk)
     output = Output(plan, out)
     output.check_space()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from ..errors import MismatchError, examples
+from ..layers import layer_of, module_of
+from .eager import Workspace
 from .inputs import Model
-from .kernels import Workspace, blocks, inner
 from .numbers import STORED, Floats
-from .settings import layer_of
+from .selection import BLOCK
 from .views import View, numel
 
+_ROW = 4096  # products are summed in float32 within rows of this many elements, and in float64 across rows
 _KEYS = (
     "n",
     "zeros",
@@ -193,18 +194,6 @@ def compare(
     return Difference(tuple(model.given for model in models), tensors)
 
 
-def module_of(name: str) -> str:
-    """A tensor's module: its name behind the layer's number, further numbers (experts) as ``*``.
-
-    Example:
-        >>> module_of("model.layers.3.mlp.experts.5.up_proj.weight")
-        'mlp.experts.*.up_proj'
-    """
-    found = re.search(r"(?:^|\.)\d+\.(.*)$", name)
-    inner_name = found[1] if found else name
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", inner_name).removesuffix(".weight")
-
-
 def _block(name: str) -> str:
     layer = layer_of(name)
     return name.removesuffix(".weight") if layer is None else f"layer {layer}"
@@ -231,7 +220,8 @@ def _sums(views: Sequence[View], space: Workspace) -> Sums:
     found = Sums(pair=len(views) == 3)
     v = found.values
     n = numel(views[0].shape)
-    for start, stop in blocks(n):
+    for start in range(0, n, BLOCK):
+        stop = min(n, start + BLOCK)
         parts = [space.floats("model", stop - start, i) for i in range(len(views))]
         for view, part in zip(views, parts, strict=True):
             view.fill(start, stop, part)
@@ -257,6 +247,13 @@ def _pair(v: dict[str, float], tau: Floats, update: Floats) -> None:
     both = (tau != 0) & (update != 0)
     v["both"] += np.count_nonzero(both)
     v["conflicts"] += np.count_nonzero(both & (np.signbit(tau) != np.signbit(update)))
+
+
+def inner(a: Floats, b: Floats) -> float:
+    """⟨a, b⟩, in float32 within rows and float64 across them."""
+    whole = a.size // _ROW * _ROW
+    rows = np.einsum("ij,ij->i", a[:whole].reshape(-1, _ROW), b[:whole].reshape(-1, _ROW))
+    return float(rows.sum(dtype=np.float64)) + float(np.einsum("i,i->", a[whole:], b[whole:]))
 
 
 def _release(views: Iterable[View], n: int) -> None:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import ArgumentError, MismatchError, examples
+from ..layers import layer_of, part_of
+from ..native import kernels
+from .arithmetic import Ready
+from .fused import Fused
 from .inputs import Model
-from .kernels import CHUNK
-from .settings import Partwise, layer_of, part_of
+from .methods import METHODS
+from .plan import Part
+from .selection import BLOCK
+from .settings import Partwise
 from .views import View
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+_KINDS = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F32"}
 
 
 class LiveMerge:
@@ -87,7 +95,7 @@ class LiveMerge:
 
     def set(
         self,
-        ratio: float | Sequence[float],
+        ratio: float | Sequence[float] | Mapping[str, float],
         *,
         head: float | None = None,
         embeddings: float | None = None,
@@ -96,12 +104,14 @@ class LiveMerge:
         """Dial the model.
 
         Args:
-            ratio: α, or one α for each block of layers; outside [0, 1] extrapolates.
+            ratio: α, one α for each block of layers, or one for each parameter by name; outside [0, 1] extrapolates.
             head, embeddings, norms: their own ratios; the mean of ``ratio`` by default.
 
         Returns:
             itself.
         """
+        if isinstance(ratio, Mapping):
+            return self._set_each(ratio, head, embeddings, norms)
         one = isinstance(ratio, int | float)
         ratios: tuple[float, ...] = (float(ratio),) if isinstance(ratio, int | float) else tuple(map(float, ratio))
         if not ratios or not all(np.isfinite(ratios)):
@@ -113,6 +123,17 @@ class LiveMerge:
             alpha = ratios[0] if one and own.get(part_of(name)) is None else parts.weight(name)
             _dial(parameter, pre, post, alpha)
         self.ratios = ratios
+        return self
+
+    def _set_each(self, ratios: Mapping[str, float], *parts: float | None) -> LiveMerge:
+        if any(part is not None for part in parts):
+            raise ArgumentError("ratio", type(ratios).__name__, "ratios by name are of every tensor: give no part's")
+        lacking = [name for name, *_ in self._tensors if not np.isfinite(ratios.get(name, np.nan))]
+        if lacking:
+            raise ArgumentError("ratio", examples(lacking), "give each of these parameters a finite ratio")
+        for name, parameter, pre, post in self._tensors:
+            _dial(parameter, pre, post, float(ratios[name]))
+        self.ratios = None
         return self
 
     def _pivots(self, blocks: int) -> tuple[int, ...]:
@@ -148,33 +169,54 @@ def _find(end: Model, name: str, aliases: dict[str, list[str]]) -> View | None:
 def _dial(parameter: Tensor, pre: View, post: View, alpha: float) -> None:
     import torch
 
-    flat = parameter.view(-1) if parameter.is_contiguous() else None
-    target = torch.empty(parameter.numel(), dtype=parameter.dtype, device=parameter.device) if flat is None else flat
-    n = parameter.numel()
-    low, high = np.empty(min(n, CHUNK), np.float32), np.empty(min(n, CHUNK), np.float32)
-    wide = parameter.dtype in (torch.float32, torch.float64)
-    sums = np.empty((2, min(n, CHUNK) if wide else 0))
     with torch.no_grad():
-        for start in range(0, n, CHUNK):
-            stop = min(n, start + CHUNK)
-            a, b = low[: stop - start], high[: stop - start]
-            if alpha in (0, 1):
-                (pre if alpha == 1 else post).fill(start, stop, a)
-                target[start:stop].copy_(torch.from_numpy(a))
-                continue
-            pre.fill(start, stop, a)
-            post.fill(start, stop, b)
-            if wide:  # the same as the offline merge of float32 models
-                x, y = sums[0][: stop - start], sums[1][: stop - start]
-                np.multiply(a, alpha, out=x, dtype=np.float64)
-                np.multiply(b, 1 - alpha, out=y, dtype=np.float64)
-                target[start:stop].copy_(torch.from_numpy(np.add(x, y, out=x)))
-                continue
-            np.multiply(a, np.float32(alpha), out=a)
-            np.multiply(b, np.float32(1 - alpha), out=b)
-            np.add(a, b, out=a)
+        if not _fused(parameter, pre, post, alpha):
+            _eager(parameter, pre, post, alpha)
+    # The end points stay mapped: their pages are the page cache's, and mapping them again is a third of a dial's cost.
+
+
+def _fused(parameter: Tensor, pre: View, post: View, alpha: float) -> bool:
+    """Compute where the parameter lies; False where that cannot be done."""
+    library = kernels()
+    kind = _KINDS.get(str(parameter.dtype))
+    if library is None or kind is None or parameter.device.type != "cpu" or not parameter.is_contiguous():
+        return False
+    # A NaN that is stored with more digits might not survive the rounding by itself.
+    careful = kind != "F32" and "F32" in (pre.kind, post.kind)
+    fused = Fused(library, METHODS["linear"], careful=careful)
+    part = Part("", tuple(parameter.shape), kind, (pre, post), None, ())
+    ready = Ready((alpha, 1 - alpha), (1.0, 1.0), (None, None), 1.0, False)
+    fused.into(part, ready, parameter.data_ptr())
+    return True
+
+
+def _eager(parameter: Tensor, pre: View, post: View, alpha: float) -> None:
+    import torch
+
+    n = parameter.numel()
+    flat = parameter.view(-1) if parameter.is_contiguous() else None
+    target = torch.empty(n, dtype=parameter.dtype, device=parameter.device) if flat is None else flat
+    low, high = np.empty(min(n, BLOCK), np.float32), np.empty(min(n, BLOCK), np.float32)
+    wide = parameter.dtype in (torch.float32, torch.float64)
+    sums = np.empty((2, min(n, BLOCK) if wide else 0))
+    for start in range(0, n, BLOCK):
+        stop = min(n, start + BLOCK)
+        a, b = low[: stop - start], high[: stop - start]
+        if alpha in (0, 1):
+            (pre if alpha == 1 else post).fill(start, stop, a)
             target[start:stop].copy_(torch.from_numpy(a))
-        if flat is None:
-            parameter.copy_(target.view(parameter.shape))
-    pre.release(0, n)
-    post.release(0, n)
+            continue
+        pre.fill(start, stop, a)
+        post.fill(start, stop, b)
+        if wide:  # the same as the offline merge of float32 models
+            x, y = sums[0][: stop - start], sums[1][: stop - start]
+            np.multiply(a, alpha, out=x, dtype=np.float64)
+            np.multiply(b, 1 - alpha, out=y, dtype=np.float64)
+            target[start:stop].copy_(torch.from_numpy(np.add(x, y, out=x)))
+            continue
+        np.multiply(a, np.float32(alpha), out=a)
+        np.multiply(b, np.float32(1 - alpha), out=b)
+        np.add(a, b, out=a)
+        target[start:stop].copy_(torch.from_numpy(a))
+    if flat is None:
+        parameter.copy_(target.view(parameter.shape))

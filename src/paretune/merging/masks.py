@@ -1,4 +1,4 @@
-"""The random masks of `paretune.operators.masks`, bit for bit, in numpy and in place.
+"""The random masks of `paretune.operators.masks`, bit for bit, in numpy and in place: without importing torch.
 
 `paretune.operators.masks.bernoulli_mask` is the definition; a test holds this one to it.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -31,42 +32,61 @@ def mask_key(seed: int, model: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def drop(bits: Bits, key: int, n: int, density: float, start: int, scratch: Bits, shift: Bits) -> None:
-    """Zero the elements that a Bernoulli(density) mask drops, in place.
+@dataclass(frozen=True)
+class Mask:
+    """Which entries are kept: each independently with probability ``density``.
 
     Args:
-        bits: the elements ``start …`` of the tensor, as 32-bit words.
         key: from `mask_key`.
         n: elements of the whole tensor.
-        density: probability with which each element is kept.
-        start: a multiple of `PAGE`.
-        scratch: as many 32-bit words; overwritten.
-        shift: as many, or a `PAGE` of them; overwritten.
+        density: in (0, 1].
     """
-    if density == 1:
-        return
-    if density <= _SPARSE_LIMIT:
-        from ..operators.masks import sampled_indices
 
-        index = sampled_indices(key, n, density, start, start + bits.size).numpy() - start
-        kept = bits[index]
-        bits[:] = 0
-        bits[index] = kept
-        return
-    limit = round(density * 2**32) - 2**31  # on hashes read as signed words
-    if limit > 2**31 - 1:
-        return
-    for begin in range(0, bits.size, PAGE):
-        part = bits[begin : begin + PAGE]
-        word, other = scratch[: part.size], shift[: part.size]
-        _hash(key, start + begin, word, other, whole=bool(limit & 0x1FFFF))
-        if limit == 0:  # one half: the sign bit alone decides
-            signed = word.view(np.int32)
-            np.right_shift(signed, 31, out=signed)
-            np.bitwise_and(part, word, out=part)
-        else:
-            np.copyto(other, word.view(np.int32) < np.int32(limit))
-            np.multiply(part, other, out=part)
+    key: int
+    n: int
+    density: float
+
+    @property
+    def by_gaps(self) -> bool:
+        """Whether it is drawn from kept entry to kept entry, which torch does."""
+        return self.density <= _SPARSE_LIMIT
+
+    @property
+    def limit(self) -> int:
+        """Kept are the elements whose hash, read as a signed word, is below this."""
+        return round(self.density * 2**32) - 2**31
+
+    def drop(self, bits: Bits, start: int, scratch: Bits, shift: Bits) -> None:
+        """Zero the entries that are dropped, in place.
+
+        Args:
+            bits: the elements ``start …`` of the tensor, as 32-bit words.
+            start: a multiple of `PAGE`.
+            scratch: as many 32-bit words; overwritten.
+            shift: as many, or a `PAGE` of them; overwritten.
+        """
+        if self.by_gaps:
+            from ..operators.masks import sampled_indices
+
+            index = sampled_indices(self.key, self.n, self.density, start, start + bits.size).numpy() - start
+            kept = bits[index]
+            bits[:] = 0
+            bits[index] = kept
+            return
+        limit = self.limit
+        if limit > 2**31 - 1:
+            return
+        for begin in range(0, bits.size, PAGE):
+            part = bits[begin : begin + PAGE]
+            word, other = scratch[: part.size], shift[: part.size]
+            _hash(self.key, start + begin, word, other, whole=bool(limit & 0x1FFFF))
+            if limit == 0:  # one half: the sign bit alone decides
+                signed = word.view(np.int32)
+                np.right_shift(signed, 31, out=signed)
+                np.bitwise_and(part, word, out=part)
+            else:
+                np.copyto(other, word.view(np.int32) < np.int32(limit))
+                np.multiply(part, other, out=part)
 
 
 def _hash(key: int, start: int, x: Bits, shift: Bits, *, whole: bool) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import examples
+from ..layers import in_layer, is_first, layer_of, stack_of
 from .inputs import Model
 from .recipe import Recipe, Slice
-from .settings import Place, in_layer, is_first, layer_of, stack_of
+from .settings import Place
 from .views import Stored, View
 from .vocabulary import Alignment, align, is_vocabulary, resized, size_of
 

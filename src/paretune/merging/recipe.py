@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import ArgumentError
 from .methods import METHODS, MergeMethod
-from .settings import Partwise
+from .settings import Partwise, PerTensor
 
 _TOP = {"merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source"}
 _TOP |= {"tokenizer", "name"}
@@ -333,4 +333,6 @@ def _list(content: Any, name: str) -> list[Any]:
 
 
 def _plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: asdict(value) if isinstance(value, Partwise) else value for name, value in parameters.items()}
+    return {
+        name: asdict(value) if isinstance(value, Partwise | PerTensor) else value for name, value in parameters.items()
+    }

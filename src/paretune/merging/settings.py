@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ArgumentError
-
-_LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
-_FIRST_WORDS = ("emb", "wte", "wpe")  # in the names of tensors that come before the layers
+from ..layers import layer_of, part_of
 
 
 @dataclass(frozen=True)
@@ -26,34 +23,6 @@ class Place:
     name: str
     depth: float
     layer: int | None = None
-
-
-def layer_of(name: str) -> int | None:
-    """The layer that a tensor's name counts: its first whole number.
-
-    Example:
-        >>> layer_of("model.layers.3.mlp.experts.5.w1.weight"), layer_of("lm_head.weight")
-        (3, None)
-    """
-    found = _LAYER.search(name)
-    return int(found[1]) if found else None
-
-
-def stack_of(name: str) -> str | None:
-    """What comes before a name's layer number: the encoder's layers and the decoder's are different stacks."""
-    found = _LAYER.search(name)
-    return name[: found.start(1)] if found else None
-
-
-def in_layer(name: str, layer: int) -> str:
-    """The same tensor's name in another layer."""
-    found = _LAYER.search(name)
-    return name if found is None else f"{name[: found.start(1)]}{layer}{name[found.end(1) :]}"
-
-
-def is_first(name: str) -> bool:
-    """Whether a tensor outside the layers comes before them."""
-    return any(word in name.lower() for word in _FIRST_WORDS)
 
 
 def resolve(name: str, place: Place, levels: Sequence[Mapping[str, Any]], default: Any = None) -> Any:
@@ -88,7 +57,7 @@ def _value(name: str, setting: Any, place: Place) -> Any:
             if _matches(each.get("filter"), place.name):
                 return _value(name, each["value"], place)
         return None
-    if isinstance(setting, Partwise):
+    if isinstance(setting, Partwise | PerTensor):
         return setting.weight(place.name)
     if setting is None or isinstance(setting, bool | int | float | str):
         return setting
@@ -105,21 +74,6 @@ def _gradient(values: Sequence[float], depth: float) -> float:
     low = min(int(at), len(values) - 1)
     high = min(low + 1, len(values) - 1)
     return float(values[low] + (values[high] - values[low]) * (at - low))
-
-
-def part_of(name: str) -> str:
-    """``head``, ``embeddings``, ``norms`` or ``layers``: the part of the model for which a ratio can be given.
-
-    Example:
-        >>> part_of("model.layers.0.input_layernorm.weight"), part_of("lm_head.weight")
-        ('norms', 'head')
-    """
-    words = name.lower()
-    if re.search(r"norm|\bln_|\bln\d|layer_?norm", words):
-        return "norms"
-    if layer_of(name) is not None:
-        return "layers"
-    return "embeddings" if is_first(name) else "head"
 
 
 @dataclass(frozen=True)
@@ -159,3 +113,22 @@ class Partwise:
             return self.ratios[sum(pivot < layer for pivot in self.pivots)]
         own = getattr(self, part)
         return sum(self.ratios) / len(self.ratios) if own is None else own
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """A ratio for each tensor by its name: the share of the first model.
+
+    Args:
+        ratios: of every tensor that is merged.
+        rest: whether these are the weights of the other model: 1 − ratio.
+    """
+
+    ratios: Mapping[str, float]
+    rest: bool = False
+
+    def weight(self, name: str) -> float:
+        """The weight of one tensor."""
+        if name not in self.ratios:
+            raise ArgumentError("ratios", name, "no ratio is given for this tensor: learn ratios on these models")
+        return 1 - self.ratios[name] if self.rest else self.ratios[name]

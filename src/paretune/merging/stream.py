@@ -10,8 +10,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..errors import ArgumentError
-from .kernels import CHUNK, Kernel, Ready, Workspace
+from .arithmetic import Ready
+from .kernels import Kernel
 from .output import Output
 from .plan import Part, Plan
 from .selection import BLOCK
@@ -39,7 +42,7 @@ def stream(
     output: Output,
     *,
     workers: int | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     allow_non_finite: bool = False,
     progress: Progress | None = None,
 ) -> None:
@@ -49,7 +52,7 @@ def stream(
         plan: what to merge.
         output: opened.
         workers: threads; their number never changes the result.
-        chunk: elements computed at a time, a multiple of 65536; neither does this.
+        chunk: elements computed at a time, a multiple of 65536; neither does this. By default what suits the cache.
         allow_non_finite: pass NaN and infinity on.
         progress: called with the bytes read so far and the bytes to read, now and then, from any thread.
 
@@ -61,7 +64,7 @@ def stream(
         _Run(plan, output, workers, chunk, allow_non_finite, progress).run()
 
 
-def checked_workers(workers: int | None, chunk: int) -> int:
+def checked_workers(workers: int | None, chunk: int | None) -> int:
     """The number of threads to use.
 
     Raises:
@@ -70,18 +73,23 @@ def checked_workers(workers: int | None, chunk: int) -> int:
     workers = default_workers() if workers is None else workers
     if type(workers) is not int or workers < 1:
         raise ArgumentError("workers", workers, "must be a positive number of threads")
-    if type(chunk) is not int or chunk < BLOCK or chunk % BLOCK:
+    if chunk is not None and (type(chunk) is not int or chunk < BLOCK or chunk % BLOCK):
         raise ArgumentError("chunk", chunk, f"must be a multiple of {BLOCK} elements")
     return workers
 
 
 class _Run:
     def __init__(
-        self, plan: Plan, output: Output, workers: int, chunk: int, allow_non_finite: bool, progress: Progress | None
+        self,
+        plan: Plan,
+        output: Output,
+        workers: int,
+        chunk: int | None,
+        allow_non_finite: bool,
+        progress: Progress | None,
     ) -> None:
         self.plan, self.output, self.workers, self.chunk = plan, output, workers, chunk
-        self.kernel = Kernel(plan.rule, plan.recipe.seed, allow_non_finite=allow_non_finite)
-        self.progress = progress
+        self.allow_non_finite, self.progress = allow_non_finite, progress
         self.lock = threading.Condition()
         self.parts = deque(number for number in range(len(plan.parts)) if number not in output.done)
         self.spans: deque[_Span] = deque()
@@ -119,13 +127,14 @@ class _Run:
         self.output.commit()
 
     def _work(self) -> None:
-        space = Workspace(self.chunk)
         try:
+            plan = self.plan
+            kernel = Kernel(plan.rule, plan.recipe.seed, allow_non_finite=self.allow_non_finite, chunk=self.chunk)
             while (task := self._next()) is not None:
                 if isinstance(task, int):
-                    self._prepare(task, space)
+                    self._prepare(task, kernel)
                 else:
-                    self._span(task, space)
+                    self._span(task, kernel)
         except BaseException as error:
             with self.lock:
                 self.failure = self.failure or error
@@ -144,9 +153,9 @@ class _Run:
                 self.lock.wait()
             return None
 
-    def _prepare(self, number: int, space: Workspace) -> None:
+    def _prepare(self, number: int, kernel: Kernel) -> None:
         part = self.plan.parts[number]
-        ready = () if part.copied else self.kernel.prepare(part, space)
+        ready = () if part.copied else kernel.prepare(part)
         n = part.numel
         spans = [_Span(number, ready, start, min(n, start + SPAN)) for start in range(0, n, SPAN)]
         spans = spans or [_Span(number, ready, 0, 0)]
@@ -156,12 +165,18 @@ class _Run:
             self.preparing -= 1
             self.lock.notify_all()
 
-    def _span(self, span: _Span, space: Workspace) -> None:
-        part = self.plan.parts[span.number]
-        for start in range(span.start, span.stop, self.chunk):
-            if self.failure is not None:
-                return
-            self._range(part, span, start, min(span.stop, start + self.chunk), space)
+    def _span(self, span: _Span, kernel: Kernel) -> None:
+        part, output = self.plan.parts[span.number], self.output
+
+        def emit(result: int, start: int, values: np.ndarray) -> None:
+            if self.failure is None:
+                output.write(result, part, start, values)
+
+        if part.copied:
+            for result in range(len(self.plan.recipes)):
+                emit(result, span.start, part.sources[0].values[span.start : span.stop])  # type: ignore[attr-defined]
+        else:
+            kernel.apply(part, span.ready, span.start, span.stop, emit)
         for view in part.views:
             view.release(span.start, span.stop)
         share = (span.stop - span.start) * _size(part) // max(1, part.numel)
@@ -170,25 +185,10 @@ class _Run:
             last = self.left[span.number] == 0
             self.read += share
             read = self.read
-        if last:
+        if last and self.failure is None:
             self.output.finished(span.number, part.bytes)
         if self.progress is not None:
             self.progress(read, self.total)
-
-    def _range(self, part: Part, span: _Span, start: int, stop: int, space: Workspace) -> None:
-        if part.copied:
-            values = part.sources[0].values[start:stop]  # type: ignore[attr-defined]
-            for result in range(len(self.plan.recipes)):
-                self.output.write(result, part, start, values)
-            return
-        self.kernel.apply(
-            part,
-            span.ready,
-            start,
-            stop,
-            space,
-            lambda result, values: self.output.write(result, part, start, values),
-        )
 
 
 def _size(part: Part) -> int:

@@ -43,6 +43,7 @@ class Stored:
         self.kind, self.shape, self.info = info.kind, info.shape, info
         self._checkpoint = checkpoint
         self._values: NDArray[Any] | None = None
+        self._address: int | None = None
 
     @property
     def values(self) -> NDArray[Any]:
@@ -54,6 +55,12 @@ class Stored:
                 return np.empty(0, dtype)
             self._values = np.frombuffer(self._map, dtype, count=count, offset=self.info.start)
         return self._values
+
+    def address(self, start: int) -> int:
+        """Where in memory the element ``start`` is mapped."""
+        if self._address is None:
+            self._address = int(self.values.ctypes.data)
+        return self._address + start * DTYPES[self.kind][1]
 
     @property
     def _map(self) -> mmap.mmap:

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ArgumentError, CheckpointError, examples
+from ..layers import layer_of
 from .inputs import Model, read_vocabulary
-from .settings import layer_of
 from .views import Rows, View
 
 

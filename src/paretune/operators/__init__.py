@@ -3,7 +3,7 @@
 from .consensus import Consensus, SignElection, WeightedSum
 from .masks import SPARSE_LIMIT, bernoulli_mask, mask_key, sampled_indices, sampled_indices_of
 from .methods import METHODS, Method
-from .sparsify import Magnitude, Random, Source, Sparsify, above, kept, largest, largest_streamed
+from .sparsify import Magnitude, Random, Source, Sparsify, above, kept, largest, largest_streamed, magnitude_keys
 
 __all__ = [
     "METHODS",
@@ -21,6 +21,7 @@ __all__ = [
     "kept",
     "largest",
     "largest_streamed",
+    "magnitude_keys",
     "mask_key",
     "sampled_indices",
     "sampled_indices_of",

@@ -72,7 +72,11 @@ def sampled_indices(
 
 
 def sampled_indices_of(
-    keys: Sequence[int], sizes: Sequence[int], density: float, device: torch.device | None = None
+    keys: Sequence[int],
+    sizes: Sequence[int],
+    density: float,
+    device: torch.device | None = None,
+    ranges: Sequence[tuple[int, int]] | None = None,
 ) -> list[Tensor]:
     """`sampled_indices` of many tensors at once, one result for each: a few large operations instead of many small.
 
@@ -81,18 +85,25 @@ def sampled_indices_of(
         sizes: the elements of each.
         density: one density for all.
         device: where the results are wanted.
+        ranges: (start, stop) that this rank owns of each; None for all of each.
     """
+    owned = [(0, n) for n in sizes] if ranges is None else ranges
     if density > SPARSE_LIMIT:
-        return [sampled_indices(key, n, density, device=device) for key, n in zip(keys, sizes, strict=True)]
+        triples = zip(keys, sizes, owned, strict=True)
+        return [sampled_indices(key, n, density, *own, device=device) for key, n, own in triples]
     _check(density, 0, 0, 0)
-    pages_of = torch.tensor([(n + PAGE - 1) // PAGE for n in sizes])
+    first = torch.tensor([start // PAGE for start, _ in owned])
+    pages_of = torch.tensor([(stop + PAGE - 1) // PAGE - start // PAGE if stop > start else 0 for start, stop in owned])
     if not int(pages_of.sum()):
         return [torch.empty(0, dtype=torch.int64, device=device) for _ in sizes]
     owner = torch.arange(len(sizes)).repeat_interleave(pages_of)
-    pages = torch.arange(owner.numel()) - (pages_of.cumsum(0) - pages_of)[owner]
+    pages = torch.arange(owner.numel()) - (pages_of.cumsum(0) - pages_of - first)[owner]
     words = torch.tensor([_words(key) for key in keys], dtype=torch.int32)[owner].to(device)
-    limit = torch.tensor(list(sizes))[owner].to(device).unsqueeze(1)
+    limit = torch.tensor([stop for _, stop in owned])[owner].to(device).unsqueeze(1)
     flat, row = _drawn((words[:, :1], words[:, 1:]), pages.to(device).unsqueeze(1), density, limit)
+    if any(start % PAGE for start, _ in owned):
+        inside = flat >= torch.tensor([start for start, _ in owned])[owner].to(device)[row]
+        flat, row = flat[inside], row[inside]
     counts = torch.bincount(owner.to(device)[row], minlength=len(sizes))
     return list(flat.split(counts.tolist()))
 

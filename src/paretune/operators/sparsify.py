@@ -124,7 +124,7 @@ def largest(x: Tensor, k: int) -> Tensor:
     """Ascending positions (int64) of the k largest entries in magnitude of the flat tensor x; see `Magnitude`."""
     if k >= x.numel():
         return x.nonzero().view(-1)
-    return _exactly(_magnitude_keys(x), k)
+    return _exactly(magnitude_keys(x), k)
 
 
 class Source(Protocol):
@@ -172,8 +172,8 @@ def largest_streamed(source: Source, k: int) -> tuple[Tensor, Tensor]:
         found = [source.above(i, min(n, i + _CHUNK), bound).add_(i) for i in range(0, n, _CHUNK)]
         candidates = torch.cat(found)
         values = source.at(candidates)
-        keys = _magnitude_keys(values)
-        certain = keys >= int(_magnitude_keys(torch.tensor([bound], dtype=sample.dtype)))
+        keys = magnitude_keys(values)
+        certain = keys >= int(magnitude_keys(torch.tensor([bound], dtype=sample.dtype)))
         if int(certain.sum()) >= k:
             chosen = _exactly(keys, k)
             return candidates[chosen], values[chosen]
@@ -212,7 +212,7 @@ def _exactly(keys: Tensor, k: int) -> Tensor:
     return at_least[take]
 
 
-def _magnitude_keys(x: Tensor) -> Tensor:
+def magnitude_keys(x: Tensor) -> Tensor:
     """|x| as integers of the same order: exact, cheap to compare, and NaN ranks above infinity."""
     if x.dtype == torch.float64:
         return x.view(torch.int64) & (2**63 - 1)

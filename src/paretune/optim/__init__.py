@@ -4,7 +4,19 @@ from .anchor import Anchor
 from .child_tuning import ChildTuning
 from .ema import EMA
 from .fisher import fisher_information
+from .loading import load_sharded
+from .lora import LoRAMerging
 from .merging import OnlineMerging
 from .online import OnDARE, OnTIES
 
-__all__ = ["EMA", "Anchor", "ChildTuning", "OnDARE", "OnTIES", "OnlineMerging", "fisher_information"]
+__all__ = [
+    "EMA",
+    "Anchor",
+    "ChildTuning",
+    "LoRAMerging",
+    "OnDARE",
+    "OnTIES",
+    "OnlineMerging",
+    "fisher_information",
+    "load_sharded",
+]

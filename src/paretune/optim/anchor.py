@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from ..checkpoint import Checkpoint
 from ..errors import ArgumentError, MismatchError, StateError, examples
 from ..task_vector import plain_name
-from .wrapper import OptimizerWrapper, local, shard_like
+from .parts import local
+from .wrapper import OptimizerWrapper, shard_like
 
 Reference: TypeAlias = "str | os.PathLike[str] | nn.Module | Mapping[str, Tensor] | None"
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..atomic import sync
 from ..checkpoint import Checkpoint
 from ..errors import ArgumentError, CheckpointError, MismatchError, StateError, examples
-from .wrapper import local, shard_like, unique_names
+from .parts import local
+from .wrapper import shard_like, unique_names
 
 _BUCKET = 1 << 24  # elements of a lower-precision policy that are widened at a time: 64 MiB of scratch
 

@@ -10,18 +10,44 @@ from torch.optim import Optimizer
 
 from .. import log
 from ..errors import ArgumentError, StateError
-from ..operators import Consensus, Random, Sparsify, WeightedSum
+from ..operators import Consensus, Random, Sparsify, WeightedSum, above
 from ..task_vector import TaskVector
 from .arguments import in_range, whole
+from .memory import MemoryReport, report
+from .parts import Part, local, part_of
 from .pull import Amount, share_lost, tau_share
-from .rule import DenseUpdate, Rule, Tau
-from .weights import Weights, require_supported
+from .rule import Agreed, DenseUpdate, Piece, Rule, agree, require_shardable
+from .tau import Tau
+from .weights import At, require_supported, weights_of
 from .wrapper import OptimizerWrapper, require_dense
 
 _LOG = log.get("optim")
 # torch's optimizers that decay weights apart from the gradient; Adam, NAdam and RAdam say it in their groups.
 _DECOUPLED = frozenset({"AdamW", "Adafactor", "Muon"})
+_WHOLE_ONLY = frozenset({"Adafactor", "Muon"})  # torch's own fail on sharded parameters (2.13)
 _COUPLED = frozenset({"SGD", "ASGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Rprop", "SparseAdam"})
+
+
+class _Change:
+    """δ = after − before, with what is pending: computed where it is asked for."""
+
+    def __init__(self, after: Tensor, before: Tensor, pending: Tensor | None) -> None:
+        self.after, self.before, self.pending, self.n = after, before, pending, after.numel()
+
+    def at(self, index: Tensor) -> Tensor:
+        return self._of(index)
+
+    def slice(self, start: int, stop: int, step: int = 1) -> Tensor:
+        return self._of(slice(start, stop, step))
+
+    def above(self, start: int, stop: int, bound: float) -> Tensor:
+        return above(self.slice(start, stop), bound)
+
+    def _of(self, at: At) -> Tensor:
+        after = self.after[at]
+        wide = torch.float64 if after.dtype == torch.float64 else torch.float32
+        delta = after.to(wide) - self.before[at].to(wide)
+        return delta if self.pending is None else delta.add_(self.pending[at])
 
 
 class OnlineMerging(OptimizerWrapper):
@@ -116,7 +142,8 @@ class OnlineMerging(OptimizerWrapper):
         for p, name in trained.items():
             if p.grad is not None:
                 require_dense(name, p.grad)
-        before = {p: p.detach().clone() for p in trained}
+            self._make_state(p)
+        before = {p: local(p.detach()).clone() for p in trained}
         decays = [group.get("weight_decay", 0.0) if self._decays_apart(group) else None for group, _ in groups]
         try:
             for (group, _), decay in zip(groups, decays, strict=True):
@@ -127,33 +154,55 @@ class OnlineMerging(OptimizerWrapper):
             for (group, _), decay in zip(groups, decays, strict=True):
                 if decay is not None:
                     group["weight_decay"] = decay
+        agreed = self._agree(groups, before)
         for (group, named), decay in zip(groups, decays, strict=True):
             merging = (group["merge_calls"] + 1) % self.every == 0
             for name, p in named:
                 if p in before:
                     factor = 1 - float(group["lr"]) * decay if decay else 1.0
-                    self._apply(name, p, before.pop(p), factor, group["merge_calls"], merging)
+                    self._apply(name, p, before.pop(p), factor, group["merge_calls"], merging, agreed)
             group["merge_calls"] += 1
 
-    def _apply(self, name: str, p: Tensor, before: Tensor, decay: float, call: int, merging: bool) -> None:
-        self._make_state(p)
-        state = self.own.setdefault(p, {})
-        wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-        delta = (p.detach().to(wide) - before.to(wide)).reshape(-1)
-        p.copy_(before)
-        weights = Weights(p, state.get("master_low"))
+    def _agree(
+        self, groups: list[tuple[dict[str, Any], list[tuple[str, Tensor]]]], before: dict[Tensor, Tensor]
+    ) -> dict[str, Agreed]:
+        """What the ranks must find out together; nothing where no parameter is sharded."""
+        merges = []
+        for group, named in groups:
+            if (group["merge_calls"] + 1) % self.every == 0:
+                parts = [(name, p, self._part(name, p)) for name, p in named if p in before]
+                pieces = [Piece(name, self._change(p, before[p]), part) for name, p, part in parts if part.sharded]
+                merges.append((self.rule, pieces, group["merge_calls"]))
+        return agree(merges, self._tau)
+
+    def _change(self, p: Tensor, before: Tensor) -> _Change:
+        pending = self.own[p].get("pending")
+        flat = None if pending is None else local(pending).view(-1)
+        return _Change(local(p.detach()).reshape(-1), before.reshape(-1), flat)
+
+    def _apply(
+        self, name: str, p: Tensor, before: Tensor, decay: float, call: int, merging: bool, agreed: dict[str, Agreed]
+    ) -> None:
+        state = self.own[p]
+        pending = local(state["pending"]).view(-1) if "pending" in state else None
+        change = self._change(p, before)
+        if not merging:
+            change.pending = None
+        delta = change.slice(0, change.n)
+        local(p.detach()).copy_(before)
+        weights = weights_of(p, state.get("master_low"))
         if decay != 1:
             weights.scale(decay)
-        pending = state.get("pending")
         if not merging:
             weights.add(delta)
-            state["pending"].view(-1).add_(delta)
+            if pending is not None:
+                pending.add_(delta)
         else:
             if pending is not None:
-                weights.add(pending.view(-1).neg())
-                delta.add_(pending.view(-1))
+                weights.add(pending.neg())
                 pending.zero_()
-            merged = self.rule.merged([DenseUpdate(delta)], [name], self._tau, self.weight, call, p.device)
+            piece = Piece(name, DenseUpdate(delta), part_of(name, p))
+            merged = self.rule.merged([piece], self._tau, self.weight, call, p.device, agreed)
             for _, index, values in merged:
                 if index is None:
                     weights.add(values)
@@ -163,11 +212,14 @@ class OnlineMerging(OptimizerWrapper):
 
     def _make_state(self, p: Tensor) -> None:
         state = self.own.setdefault(p, {})
-        if p.dtype == torch.bfloat16 and "master_low" not in state:
-            state["master_low"] = torch.zeros(p.numel(), dtype=torch.int16, device=p.device)
-        if self.every > 1 and "pending" not in state:
-            wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-            state["pending"] = torch.zeros(p.shape, dtype=wide, device=p.device)
+        kinds = {"master_low": torch.int16} if p.dtype == torch.bfloat16 else {}
+        if self.every > 1:
+            kinds["pending"] = torch.float64 if p.dtype == torch.float64 else torch.float32
+        for key, dtype in kinds.items():
+            if key not in state:
+                state[key] = torch.zeros_like(
+                    p, dtype=dtype, memory_format=torch.contiguous_format, requires_grad=False
+                )
 
     def _decays_apart(self, group: dict[str, Any]) -> bool:
         if not group.get("weight_decay"):
@@ -183,16 +235,26 @@ class OnlineMerging(OptimizerWrapper):
         raise ArgumentError("decoupled", None, mend)
 
     def _bind(self) -> None:
-        parameters = {name: p for _, named in self.named_groups() for name, p in named if p.requires_grad}
+        parameters = self._trainable()
         for name, p in parameters.items():
             require_supported(name, p)
+            self._part(name, p)
         for group in self.param_groups:
             self._decays_apart(group)
-        shapes = {name: tuple(p.shape) for name, p in parameters.items()}
         if self._vector is not None:
-            self._vector.match(shapes)
-        self._parameters = parameters
-        self._tau = Tau(self._vector, shapes)
+            self._vector.match({name: tuple(p.shape) for name, p in parameters.items()})
+        self._tau = Tau(self._vector)
+
+    def _part(self, name: str, p: Tensor) -> Part:
+        part, kind = part_of(name, p), type(self.inner).__name__
+        if part.sharded and kind in _WHOLE_ONLY:
+            mend = "it does not work on sharded parameters (FSDP2): take AdamW, SGD or Lion there"
+            raise ArgumentError("inner_optimizer", kind, mend)
+        require_shardable(name, part, self.rule.sparsify)
+        return part
+
+    def _trainable(self) -> dict[str, Tensor]:
+        return {name: p for _, named in self.named_groups() for name, p in named if p.requires_grad}
 
     def _mark(self, group: dict[str, Any]) -> None:
         group["merge_calls"] = 0
@@ -211,7 +273,9 @@ class OnlineMerging(OptimizerWrapper):
     def amount(self) -> Amount:
         """What τ will amount to over 1,000 steps."""
         sparsify, steps = self.rule.sparsify, 1000
-        share = tau_share(sparsify, self._tau, self._parameters) if self.weight else 0.0
+        parameters = self._trainable()
+        parts = {name: part_of(name, p) for name, p in parameters.items()}
+        share = tau_share(sparsify, self._tau, parts) if self.weight else 0.0
         scale = 1 / sparsify.density if sparsify.rescale == "expectation" else 1.0
         summed = isinstance(self.rule.consensus, WeightedSum)
         known = summed and (isinstance(sparsify, Random) or sparsify.density == 1)
@@ -224,11 +288,17 @@ class OnlineMerging(OptimizerWrapper):
             steps=steps,
             known_steps=False,
             upper_bound=not summed,
-            lost=share_lost({n: Weights(p) for n, p in self._parameters.items()}, self._tau, self.weight * scale),
+            lost=share_lost(parameters, self._tau, self.weight * scale),
             passed=(sparsify.density if sparsify.rescale == "none" else 1.0) if known else None,
             lr=float(self.param_groups[0].get("lr", 0.0)),
             inner="it",
         )
+
+    def memory_report(self) -> MemoryReport:
+        """The bytes that this rank holds now, by part; during a step a copy of the parameters comes on top."""
+        trained = list(self._trainable().values())
+        states = ({**self.state.get(p, {}), **self.own.get(p, {})} for p in trained)
+        return report(trained, states, self._tau.resident_bytes)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` gave, for the same parameters, order and task vector.

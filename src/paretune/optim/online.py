@@ -10,6 +10,7 @@ Reference: arXiv 2405.17931 (Online Merging Optimizers for Boosting Rewards and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,13 +23,29 @@ from ..operators import METHODS
 from ..task_vector import TaskVector, plain_name
 from .adamw import AdamUpdate, update_moments
 from .arguments import check_groups, check_run
+from .memory import MemoryReport, report
+from .parts import any_nonzero, local, part_of
 from .pull import Amount, share_lost, tau_share, weight_for_pull
-from .rule import Rule, Tau
-from .weights import Weights, require_supported
+from .rule import Agreed, Piece, Rule, agree, require_shardable
+from .tau import Tau
+from .weights import Weights, require_supported, weights_of
 from .wrapper import require_dense, require_same_names, unique_names
 
 _LOG = log.get("optim")
 _STATE = ("step", "exp_avg", "exp_avg_sq", "master_low", "pending")
+
+
+@dataclass
+class _Merge:
+    """One group within a step: whether a merge is due, and each parameter's δ, elements and pending sum."""
+
+    group: dict[str, Any]
+    rule: Rule
+    due: bool
+    decay: float
+    pieces: list[Piece] = field(default_factory=list)
+    weights: list[Weights] = field(default_factory=list)
+    pending: list[Tensor | None] = field(default_factory=list)
 
 
 class _OnlineAdamW(Optimizer):
@@ -98,86 +115,88 @@ class _OnlineAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        initialising = self._initialising()
-        for group in self.param_groups:
-            self._step_group(group, initialising)
+        if self._initialising():
+            for group in self.param_groups:
+                self._trained(group)
+            return loss
+        merges = [self._advance(group) for group in self.param_groups]
+        # δ' and τ' need what other ranks hold: asked for all groups at once
+        agreed = agree([(m.rule, m.pieces, m.group["calls"]) for m in merges if m.due], self._tau)
+        for merge in merges:
+            self._apply(merge, agreed)
         return loss
 
-    def _step_group(self, group: dict[str, Any], initialising: bool) -> None:
+    def _trained(self, group: dict[str, Any]) -> list[tuple[str, Tensor]]:
+        """The parameters of a group that have a gradient, each with its state."""
         named = [(plain_name(n), p) for n, p in zip(group["param_names"], group["params"], strict=True)]
         trained = [(name, p) for name, p in named if p.grad is not None]
         for name, p in trained:
             require_dense(name, p.grad)
             if name not in self._trainable:  # was frozen when this optimizer was built
                 self._require({name: p})
+                self._trainable.add(name)
             self._make_state(p, group["every"])
-        if initialising:
-            return
+        return trained
+
+    def _advance(self, group: dict[str, Any]) -> _Merge:
+        """Moments and weight decay of one group: all that comes before the merge."""
+        trained = self._trained(group)
         states = [self.state[p] for _, p in trained]
         update_moments(
-            [s["exp_avg"].view(-1) for s in states],
-            [s["exp_avg_sq"].view(-1) for s in states],
-            [p.grad.reshape(-1) for _, p in trained],
+            [local(s["exp_avg"]).view(-1) for s in states],
+            [local(s["exp_avg_sq"]).view(-1) for s in states],
+            [local(p.grad).reshape(-1) for _, p in trained if p.grad is not None],
             group["betas"],
             exact=group["density"] == 1 or group["every"] > 1,
         )
         if states:
             torch._foreach_add_([state["step"] for state in states], 1)
-        self._apply(trained, states, group, merging=(group["calls"] + 1) % group["every"] == 0)
-        group["calls"] += 1
-
-    def _apply(
-        self, named: list[tuple[str, Tensor]], states: list[dict[str, Any]], group: dict[str, Any], merging: bool
-    ) -> None:
         lr, released = float(group["lr"]), group["variant"] == "released"
         decay = 1 - lr * group["weight_decay"]
-        weights, updates = [], []
-        for (_, p), state in zip(named, states, strict=True):
-            mean, square = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
-            updates.append(
-                AdamUpdate(mean, square, state["step"].item(), lr, group["betas"], group["eps"], released=released)
-            )
-            weights.append(Weights(p, state.get("master_low")))
+        due = (group["calls"] + 1) % group["every"] == 0
+        merge = _Merge(group, self._rule(group), due, decay)
+        for (name, p), state in zip(trained, states, strict=True):
+            part = part_of(name, p)
+            require_shardable(name, part, merge.rule.sparsify)
+            mean, square = local(state["exp_avg"]).view(-1), local(state["exp_avg_sq"]).view(-1)
+            update = AdamUpdate(mean, square, state["step"].item(), lr, group["betas"], group["eps"], released=released)
+            weight = weights_of(p, state.get("master_low"))
             if decay != 1 and not released:  # torch decays before the update, the released code after it
-                weights[-1].scale(decay)
-        if merging:
-            self._merge(named, states, group, weights, updates)
-        else:
-            for weight, update, state in zip(weights, updates, states, strict=True):
-                delta = update.slice(0, update.n)
-                weight.add(delta)
-                state["pending"].view(-1).add_(delta)
-        for weight in weights:
-            if decay != 1 and released:
                 weight.scale(decay)
-            weight.finish()
+            pending = local(state["pending"]).view(-1) if "pending" in state else None
+            if due and pending is not None:  # Step-K: roll back to the last merge, merge everything since
+                update.pending = pending
+                weight.add(pending.neg())
+            merge.pieces.append(Piece(name, update, part))
+            merge.weights.append(weight)
+            merge.pending.append(pending)
+        return merge
 
-    def _merge(
-        self,
-        named: list[tuple[str, Tensor]],
-        states: list[dict[str, Any]],
-        group: dict[str, Any],
-        weights: list[Weights],
-        updates: list[AdamUpdate],
-    ) -> None:
-        for weight, update, state in zip(weights, updates, states, strict=True):
-            if "pending" in state:  # Step-K: roll back to the last merge, merge everything since
-                update.pending = state["pending"].view(-1)
-                weight.add(update.pending.neg())
-        rule, names = self._rule(group), [name for name, _ in named]
-        for device in {p.device for _, p in named}:
-            here = [i for i, (_, p) in enumerate(named) if p.device == device]
-            merged = rule.merged(
-                [updates[i] for i in here], [names[i] for i in here], self._tau, group["weight"], group["calls"], device
+    def _apply(self, merge: _Merge, agreed: dict[str, Agreed]) -> None:
+        group, weights, pieces = merge.group, merge.weights, merge.pieces
+        if not merge.due:
+            for weight, piece, pending in zip(weights, pieces, merge.pending, strict=True):
+                delta = piece.update.slice(0, piece.update.n)
+                weight.add(delta)
+                if pending is not None:
+                    pending.add_(delta)
+        for device in {weight.flat.device for weight in weights} if merge.due else ():
+            here = [i for i, weight in enumerate(weights) if weight.flat.device == device]
+            merged = merge.rule.merged(
+                [pieces[i] for i in here], self._tau, group["weight"], group["calls"], device, agreed
             )
             for i, index, values in merged:
                 if index is None:
                     weights[here[i]].add(values)
                 else:
                     weights[here[i]].add_at(index, values)
-        for state in states:
-            if "pending" in state:
-                state["pending"].zero_()
+        for weight, pending in zip(weights, merge.pending, strict=True):
+            if merge.due and pending is not None:
+                pending.zero_()
+            if merge.decay != 1 and group["variant"] == "released":
+                weight.scale(merge.decay)
+            weight.finish()
+        group["calls"] += 1
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         method = METHODS[self.method if group["variant"] == "paper" else f"{self.method}-released"]
@@ -192,22 +211,25 @@ class _OnlineAdamW(Optimizer):
 
     def _make_state(self, p: Tensor, every: int) -> None:
         state = self.state[p]
+        wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+        kinds = {"exp_avg": wide, "exp_avg_sq": wide}
+        if p.dtype == torch.bfloat16:
+            kinds["master_low"] = torch.int16
+        if every > 1:
+            kinds["pending"] = wide
         if "step" not in state:
-            wide = torch.float64 if p.dtype == torch.float64 else torch.float32
             state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros(p.shape, dtype=wide, device=p.device)
-            state["exp_avg_sq"] = torch.zeros(p.shape, dtype=wide, device=p.device)
-        if p.dtype == torch.bfloat16 and "master_low" not in state:
-            state["master_low"] = torch.zeros(p.numel(), dtype=torch.int16, device=p.device)
-        if every > 1 and "pending" not in state:
-            state["pending"] = torch.zeros_like(state["exp_avg"])
+        for key, dtype in kinds.items():
+            if key not in state:
+                state[key] = torch.zeros_like(
+                    p, dtype=dtype, memory_format=torch.contiguous_format, requires_grad=False
+                )
 
     def _initialising(self) -> bool:
         """Whether torch's distributed checkpoint steps only to make the state exist: empty state, lr 0, gradients 0."""
         if self.state or any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return all(g.layout == torch.strided and not g.count_nonzero() for g in gradients)
+        return not any_nonzero(p for group in self.param_groups for p in group["params"])
 
     # -- parameters and task vector --------------------------------------------------------------------------
 
@@ -236,18 +258,27 @@ class _OnlineAdamW(Optimizer):
         }
         if len({id(p) for p in everything.values()}) < len(everything):
             raise ArgumentError("named_params", f"{len(everything)} names", "one parameter has two names: pass it once")
-        self._trainable = {name: p for name, p in everything.items() if p.requires_grad}
-        self._require(self._trainable)
-        self._tau = Tau(self._vector, {name: tuple(p.shape) for name, p in everything.items()})
+        # Names only: accelerate replaces the parameters by sharded ones, and must be able to free the whole ones.
+        self._trainable = {name for name, p in everything.items() if p.requires_grad}
+        self._require(self._parameters())
+        self._tau = Tau(self._vector)
+
+    def _parameters(self) -> dict[str, Tensor]:
+        """The trainable parameters as they are now, by plain name."""
+        pairs = ((n, p) for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True))
+        return {plain_name(name): p for name, p in pairs if plain_name(name) in self._trainable}
 
     def _require(self, parameters: dict[str, Tensor]) -> None:
+        sparsify = self._rule(self.param_groups[-1]).sparsify
         for name, p in parameters.items():
             require_supported(name, p)
+            require_shardable(name, part_of(name, p), sparsify)
         if self._vector is not None:
             self._vector.match({name: tuple(p.shape) for name, p in parameters.items()})
 
     def _share(self) -> float:
-        return tau_share(self._rule(self.param_groups[0]).sparsify, self._tau, self._trainable)
+        parts = {name: part_of(name, p) for name, p in self._parameters().items()}
+        return tau_share(self._rule(self.param_groups[0]).sparsify, self._tau, parts)
 
     def amount(self) -> Amount:
         """What τ will amount to over the run (over 1,000 steps where ``total_steps`` is not known)."""
@@ -266,10 +297,15 @@ class _OnlineAdamW(Optimizer):
             steps=steps,
             known_steps=self._total_steps is not None,
             upper_bound=self.method == "onties",
-            lost=share_lost({n: Weights(p) for n, p in self._trainable.items()}, self._tau, weight * scale),
+            lost=share_lost(self._parameters(), self._tau, weight * scale),
             passed=(sparsify.density if sparsify.rescale == "none" else 1.0) if known else None,
             lr=float(group["lr"]),
         )
+
+    def memory_report(self) -> MemoryReport:
+        """The bytes that this rank holds now, by part; ``print`` it for bytes per parameter."""
+        trained = list(self._parameters().values())
+        return report(trained, (self.state.get(p, {}) for p in trained), self._tau.resident_bytes)
 
     # -- saving and loading ----------------------------------------------------------------------------------
 
@@ -302,7 +338,8 @@ class _OnlineAdamW(Optimizer):
         for index, p in zip(indices, parameters, strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
                 if key in _STATE[1:]:
-                    self.state[p][key] = value.to(device=p.device, copy=True)
+                    value = value.to(device=p.device, copy=True)
+                    self.state[p][key] = value.view(p.shape) if value.shape != p.shape else value
 
 
 class OnDARE(_OnlineAdamW):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,18 +10,17 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..operators import Magnitude, Random, Sparsify
-from .rule import Tau
-from .weights import Weights
+from .parts import Part, local, part_of, sums
+from .tau import Tau, make_ready, shares
 
 _SAMPLE = 1024  # elements per tensor that the rounding estimate looks at
-_ROUGH = 1 << 16  # … and the estimate of ‖F(τ)‖₁/‖τ‖₁ of a sparsifier that is not ours
 
 
-def tau_share(sparsify: Sparsify, tau: Tau, names: Iterable[str]) -> float:
+def tau_share(sparsify: Sparsify, tau: Tau, parts: Mapping[str, Part]) -> float:
     """s: the expected share ‖F(τ)‖₁/‖τ‖₁ that one unsparsified merge of weight 1 would add.
 
     p for Random without rescale; 1 with ``"l1"`` or ``"expectation"`` (Random); for Magnitude without rescale the
-    share of ‖τ‖₁ that its k largest entries hold, computed exactly.
+    share of ‖τ‖₁ that its k largest entries hold, computed exactly (together with the other ranks where sharded).
 
     Reference: ALGORITHMS, section 2 (pull); not in the paper.
     """
@@ -31,12 +30,8 @@ def tau_share(sparsify: Sparsify, tau: Tau, names: Iterable[str]) -> float:
         return 1.0 if sparsify.rescale == "expectation" else sparsify.density
     if not isinstance(sparsify, Magnitude) or tau.vector is None:
         return sparsify.density
-    total = kept = 0.0
-    for name in names:
-        kept += float(tau.largest(name, sparsify.density).values.abs().sum(dtype=torch.float64))
-        n = tau.numel(name)
-        for start in range(0, n, _ROUGH * 8):
-            total += float(tau.vector.dense(name, start, min(n, start + _ROUGH * 8)).abs().sum(dtype=torch.float64))
+    make_ready(tau, parts, sparsify.density)
+    kept, total = sums(list(parts.values()), shares(tau, parts, sparsify.density)).sum(0).tolist()
     share = kept / total if total else 1.0
     return share / sparsify.density if sparsify.rescale == "expectation" else share
 
@@ -106,32 +101,30 @@ class Amount:
         return text + ": compare with that, and with weight 0"
 
 
-def share_lost(weights: Mapping[str, Weights], tau: Tau, size: float) -> float:
+def share_lost(parameters: Mapping[str, Tensor], tau: Tau, size: float) -> float:
     """The share of entries with τ ≠ 0 whose addition θ + size·τ rounds back to θ, estimated at 1,024 places a tensor.
 
     Args:
-        weights: the parameters by plain name.
+        parameters: by plain name. Those without values yet (on the meta device) are left out.
         tau: the task vector.
         size: weight times rescale: the factor of τ in one addition.
     """
     if size == 0 or tau.vector is None:
         return 0.0
-    lost = moved = 0.0
-    for name, weight in weights.items():
-        n = weight.n
-        if n == 0:
+    parts = [part_of(name, p) for name, p in parameters.items()]
+    rows = torch.zeros(len(parts), 2, dtype=torch.float64)
+    for row, (part, (name, p)) in enumerate(zip(parts, parameters.items(), strict=True)):
+        if part.n == 0 or p.is_meta:
             continue
-        places = (torch.arange(min(n, _SAMPLE), dtype=torch.float64) * (n / min(n, _SAMPLE))).long()
-        values = _float32(weight, places).cpu()
-        added = tau.gather(name, places)
+        places = (torch.arange(min(part.n, _SAMPLE), dtype=torch.float64) * (part.n / min(part.n, _SAMPLE))).long()
+        flat = local(p.detach()).reshape(-1)
+        values = flat[places.to(flat.device)].cpu()
+        if p.dtype == torch.bfloat16:  # its master is float32, whether it exists already or not
+            values = values.float()
+        added = tau.gather_all([name], [part.whole_positions(places)])
         still = values + (size * added).to(values.dtype) == values
         nonzero = added != 0
-        lost += float((still & nonzero).sum()) * n / places.numel()
-        moved += float(nonzero.sum()) * n / places.numel()
+        rows[row, 0] = float((still & nonzero).sum()) * part.n / places.numel()
+        rows[row, 1] = float(nonzero.sum()) * part.n / places.numel()
+    lost, moved = sums(parts, rows).sum(0).tolist()
     return lost / moved if moved else 0.0
-
-
-def _float32(weight: Weights, places: Tensor) -> Tensor:
-    if weight.parameter.dtype == torch.bfloat16:  # its master is float32, whether it exists already or not
-        return weight.flat[places.to(weight.flat.device)].float()
-    return weight.get(places.to(weight.flat.device))

@@ -1,15 +1,19 @@
-"""How an update and the task vector become one: sparsify both, find consensus. Dense (the oracle) and sparse (fast)."""
+"""How an update and the task vector become one: sparsify both, find consensus. Dense (the oracle) and sparse (fast).
+
+Sharded parameters take the same two ways, each rank on its own elements, after `agree`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentError
 from ..operators import (
     SPARSE_LIMIT,
     Consensus,
@@ -18,16 +22,19 @@ from ..operators import (
     Source,
     Sparsify,
     above,
+    bernoulli_mask,
     kept,
     largest_streamed,
     mask_key,
     sampled_indices_of,
 )
-from ..task_vector import TaskVector
 from .adamw import AdamUpdate
-from .sparse import SparseVector, sparse_tau, union
+from .parts import Part, sums
+from .sparse import union
+from .tau import Tau
+from .threshold import Threshold, Wanted, thresholds
 
-_BATCH = 1 << 20  # kept entries handled at once: bounds the scratch memory
+_BATCH = 1 << 17  # kept entries handled at once: bounds the scratch memory
 _MAGNITUDE_LIMIT = 0.25  # up to this density selecting is cheaper than the dense form
 
 
@@ -49,6 +56,27 @@ class DenseUpdate:
 
     def above(self, start: int, stop: int, bound: float) -> Tensor:
         return above(self.values[start:stop], bound)
+
+
+class Piece(NamedTuple):
+    """One parameter in a merge: its plain name, δ of this rank's elements, and which elements these are."""
+
+    name: str
+    update: Source
+    part: Part
+
+
+@dataclass
+class Agreed:
+    """What the ranks that share a parameter had to find out together for one merge.
+
+    Args:
+        threshold: the k-th magnitude of δ, for Magnitude.
+        norms: ‖δ‖₁, ‖F(δ)‖₁, ‖τ‖₁, ‖F(τ)‖₁ of the whole parameter, with F not rescaled; for the l1 rescale.
+    """
+
+    threshold: Threshold | None = None
+    norms: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -74,32 +102,43 @@ class Rule:
     eps: float = 1e-8
 
     def merged(
-        self, updates: Sequence[Source], names: Sequence[str], tau: Tau, weight: float, call: int, device: torch.device
+        self,
+        pieces: Sequence[Piece],
+        tau: Tau,
+        weight: float,
+        call: int,
+        device: torch.device,
+        agreed: Mapping[str, Agreed],
     ) -> Iterator[tuple[int, Tensor | None, Tensor]]:
         """What is added to some parameters: ``(which, positions, values)``, or positions None for all elements.
 
+        Positions are those of this rank's part.
+
         Args:
-            updates: δ of each parameter.
-            names: their plain names.
+            pieces: the parameters.
             tau: the task vector.
             weight: α.
             call: the step, which keys the masks.
             device: where the parameters are.
+            agreed: from `agree`, for sharded parameters.
         """
-        rules = [self._for_size(update.n) for update in updates]
         batch: list[int] = []
         expected = 0.0
-        for i, (rule, update) in enumerate(zip(rules, updates, strict=True)):
+        for i, piece in enumerate(pieces):
+            rule = self._for_size(piece.part.whole)
             if not rule.is_sparse:
-                yield i, None, rule.dense(update, names[i], tau, weight, call, device)
+                if piece.part.sharded:
+                    yield i, None, rule._dense_part(piece, tau, weight, call, device, agreed[piece.name])
+                else:
+                    yield i, None, rule.dense(piece, tau, weight, call, device)
                 continue
             batch.append(i)
-            expected += update.n * rule.sparsify.density
+            expected += piece.part.n * rule.sparsify.density
             if expected > _BATCH:
-                yield from self._sparse_batch(batch, updates, names, tau, weight, call, device)
+                yield from self._sparse_batch(batch, pieces, tau, weight, call, device, agreed)
                 batch, expected = [], 0.0
         if batch:
-            yield from self._sparse_batch(batch, updates, names, tau, weight, call, device)
+            yield from self._sparse_batch(batch, pieces, tau, weight, call, device, agreed)
 
     @property
     def is_sparse(self) -> bool:
@@ -110,32 +149,42 @@ class Rule:
             return self.sparsify.density <= _MAGNITUDE_LIMIT and self.sparsify.rescale != "l1"
         return False
 
-    def dense(self, update: Source, name: str, tau: Tau, weight: float, call: int, device: torch.device) -> Tensor:
+    def dense(self, piece: Piece, tau: Tau, weight: float, call: int, device: torch.device) -> Tensor:
         """The definition, on a whole tensor."""
-        delta = update.slice(0, update.n)
-        kept_delta = self._sparsified_update(delta, name, call)
-        kept_tau = self._sparsified_tau(tau, name, call).to(device, delta.dtype)
+        delta = piece.update.slice(0, piece.update.n)
+        kept_delta = self._sparsified_update(delta, piece.name, call)
+        kept_tau = self._sparsified_tau(tau, piece, call).to(device, delta.dtype)
         return self.consensus(kept_delta, kept_tau, weight)
 
     def sparse(
-        self, updates: Sequence[Source], names: Sequence[str], tau: Tau, weight: float, call: int, device: torch.device
+        self,
+        pieces: Sequence[Piece],
+        tau: Tau,
+        weight: float,
+        call: int,
+        device: torch.device,
+        agreed: Mapping[str, Agreed],
     ) -> list[list[tuple[Tensor, Tensor]]]:
-        """The same at the kept positions only, for some tensors at once.
+        """The same at the kept positions of this rank's parts only, for some tensors at once.
 
         Each tensor's result is two disjoint lists of positions and values: those of δ, and those of τ alone.
         """
         density = self.sparsify.density
-        sizes = [update.n for update in updates]
+        updates, parts = [piece.update for piece in pieces], [piece.part for piece in pieces]
+        sizes = [part.n for part in parts]
         if isinstance(self.sparsify, Random):
-            keys = [self._key(stream, name, call) for stream in ("update", "tau") for name in names]
-            indices = sampled_indices_of(keys, sizes * 2, density)
-            own, other = [index.to(device) for index in indices[: len(names)]], indices[len(names) :]
+            keys = [self._key(stream, piece.name, call) for stream in ("update", "tau") for piece in pieces]
+            ranges = [part.range for part in parts]
+            drawn = sampled_indices_of(keys, [part.whole for part in parts] * 2, density, ranges=ranges * 2)
+            drawn = [part.keep(index) for part, index in zip(parts * 2, drawn, strict=True)]
+            places = [part.local(index) for part, index in zip(parts * 2, drawn, strict=True)]
+            own, other = [index.to(device) for index in places[: len(pieces)]], places[len(pieces) :]
             delta = _at_all(updates, own)
-            tau_values = tau.gather_all(names, other)
+            tau_values = tau.gather_all([piece.name for piece in pieces], drawn[len(pieces) :])
         else:
-            found = [largest_streamed(update, kept(density, update.n)) for update in updates]
+            found = [self._largest(piece, agreed) for piece in pieces]
             own, delta = [index for index, _ in found], torch.cat([values for _, values in found])
-            stored = [tau.largest(name, density) for name in names]
+            stored = [tau.largest(piece.name, density, piece.part) for piece in pieces]
             other = [vector.index for vector in stored]
             tau_values = torch.cat([vector.values for vector in stored])
         if self.sparsify.rescale == "expectation":
@@ -150,7 +199,7 @@ class Rule:
         values = self.consensus(a, b, weight)
         ends = torch.tensor(begins[1:], device=device)
         counts = torch.searchsorted(alone, ends).diff(prepend=torch.zeros(1, dtype=torch.int64, device=device))
-        parts = zip(
+        split = zip(
             own,
             values[: shifted.numel()].split([index.numel() for index in own]),
             alone.split(counts.tolist()),
@@ -158,19 +207,24 @@ class Rule:
             begins,
             strict=False,
         )
-        return [[(index, v), (rest - begin, w)] for index, v, rest, w, begin in parts]
+        return [[(index, v), (rest - begin, w)] for index, v, rest, w, begin in split]
+
+    def _largest(self, piece: Piece, agreed: Mapping[str, Agreed]) -> tuple[Tensor, Tensor]:
+        if piece.name in agreed and (threshold := agreed[piece.name].threshold) is not None:
+            return threshold.select(piece.update)
+        return largest_streamed(piece.update, kept(self.sparsify.density, piece.update.n))
 
     def _sparse_batch(
         self,
         batch: list[int],
-        updates: Sequence[Source],
-        names: Sequence[str],
+        pieces: Sequence[Piece],
         tau: Tau,
         weight: float,
         call: int,
         device: torch.device,
+        agreed: Mapping[str, Agreed],
     ) -> Iterator[tuple[int, Tensor | None, Tensor]]:
-        results = self.sparse([updates[i] for i in batch], [names[i] for i in batch], tau, weight, call, device)
+        results = self.sparse([pieces[i] for i in batch], tau, weight, call, device, agreed)
         for i, parts in zip(batch, results, strict=True):
             for index, values in parts:
                 yield i, index, values
@@ -185,17 +239,70 @@ class Rule:
             out = out.mul_(norm / (out.abs().sum() + self.eps)).clamp_(-self.clip, self.clip)
         return out
 
-    def _sparsified_tau(self, tau: Tau, name: str, call: int) -> Tensor:
+    def _sparsified_tau(self, tau: Tau, piece: Piece, call: int) -> Tensor:
         if isinstance(self.sparsify, Random):
             rescale = "expectation" if self.released else self.sparsify.rescale
-            out = Random(self.sparsify.density, rescale)(tau.dense(name), self._key("tau", name, call))
+            key = self._key("tau", piece.name, call)
+            out = Random(self.sparsify.density, rescale)(tau.dense(piece.name, piece.part), key)
             return out.clamp_(-self.clip, self.clip) if self.released else out
         if isinstance(self.sparsify, Magnitude) and self.sparsify.rescale != "l1":
-            stored = tau.largest(name, self.sparsify.density)
+            stored = tau.largest(piece.name, self.sparsify.density, piece.part)
             out = torch.zeros(stored.n)
             out[stored.index] = stored.values
             return out if self.sparsify.rescale == "none" else out.div_(self.sparsify.density)
-        return self.sparsify(tau.dense(name), self._key("tau", name, call))
+        return self.sparsify(tau.dense(piece.name, piece.part), self._key("tau", piece.name, call))
+
+    # -- parts of sharded parameters -------------------------------------------------------------------------
+
+    def _dense_part(
+        self, piece: Piece, tau: Tau, weight: float, call: int, device: torch.device, agreed: Agreed
+    ) -> Tensor:
+        """`dense` on this rank's part of a tensor."""
+        delta = self._scaled(self._kept_update(piece, call, agreed), agreed.norms[:2], update=True)
+        kept_tau = self._scaled(self._kept_tau(piece, tau, call), agreed.norms[2:], update=False)
+        return self.consensus(delta, kept_tau.to(device, delta.dtype), weight)
+
+    def _kept_update(self, piece: Piece, call: int, agreed: Agreed) -> Tensor:
+        """This rank's part of F(δ), not rescaled."""
+        delta = piece.update.slice(0, piece.update.n)
+        if isinstance(self.sparsify, Random) or agreed.threshold is None:
+            return self._masked(delta, piece, "update", call)
+        out = torch.zeros_like(delta)
+        index, values = agreed.threshold.select(piece.update)
+        out[index] = values
+        return out
+
+    def _kept_tau(self, piece: Piece, tau: Tau, call: int) -> Tensor:
+        """This rank's part of F(τ), not rescaled."""
+        if isinstance(self.sparsify, Random) or self.sparsify.density == 1:
+            return self._masked(tau.dense(piece.name, piece.part), piece, "tau", call)
+        stored = tau.largest(piece.name, self.sparsify.density, piece.part)
+        out = torch.zeros(stored.n)
+        out[stored.index] = stored.values
+        return out
+
+    def _masked(self, x: Tensor, piece: Piece, stream: str, call: int) -> Tensor:
+        density, part = self.sparsify.density, piece.part
+        if density == 1:
+            return x
+        key = self._key(stream, piece.name, call)
+        mask = part.cut(lambda i, j: bernoulli_mask(key, part.whole, density, i, j, device=x.device))
+        return torch.where(mask, x, 0.0)
+
+    def _scaled(self, kept_part: Tensor, norms: tuple[float, ...], *, update: bool) -> Tensor:
+        """F's rescale of one vector's kept part, with the norms of the whole vector before and after."""
+        density, rescale = self.sparsify.density, self.sparsify.rescale
+        before, after = norms
+        if self.released and isinstance(self.sparsify, Random):
+            out = kept_part / density
+            if not update:
+                return out.clamp_(-self.clip, self.clip)
+            if rescale == "l1" and before >= 1e-8:
+                out = out.mul_(before / (after / density + self.eps)).clamp_(-self.clip, self.clip)
+            return out
+        if rescale == "expectation":
+            return kept_part / density
+        return kept_part * (before / after) if rescale == "l1" and after and density < 1 else kept_part
 
     def _key(self, stream: str, name: str, call: int) -> int:
         if stream == "tau" and self.released:
@@ -208,56 +315,70 @@ class Rule:
         return self
 
 
-class Tau:
-    """The task vector as the optimizers use it: by plain parameter name, with F(τ) by magnitude kept once computed.
+def agree(merges: Sequence[tuple[Rule, Sequence[Piece], int]], tau: Tau) -> dict[str, Agreed]:
+    """What the ranks find out together before they merge: three exchanges for all sharded parameters together.
+
+    (One more for the l1 rescale, and three more where some parameters are float64 and some are not.)
 
     Args:
-        vector: the task vector; None is τ = 0.
-        shapes: the parameters' shapes by plain name, for τ = 0.
+        merges: each group's rule, parameters and step; the same on all ranks.
+        tau: the task vector; its F(τ) by magnitude is made ready at the first call.
     """
+    agreed: dict[str, Agreed] = {}
+    updates: list[tuple[str, Wanted]] = []
+    stored: list[tuple[str, float, Wanted]] = []
+    normed: list[tuple[Rule, Piece, int]] = []
+    for whole_rule, pieces, call in merges:
+        for piece in pieces:
+            if not piece.part.sharded:
+                continue
+            rule, name, part = whole_rule._for_size(piece.part.whole), piece.name, piece.part
+            agreed[name], density = Agreed(), rule.sparsify.density
+            if isinstance(rule.sparsify, Magnitude) and density < 1:
+                wide = piece.update.slice(0, 0).dtype == torch.float64
+                updates.append((name, Wanted(piece.update, part, kept(density, part.whole), wide)))
+                if (want := tau.wanted(name, density, part)) is not None:
+                    stored.append((name, density, want))
+            if rule.sparsify.rescale == "l1":
+                normed.append((rule, piece, call))
+    found = thresholds([want for _, want in updates] + [want for _, _, want in stored])
+    for (name, _), threshold in zip(updates, found, strict=False):
+        agreed[name].threshold = threshold
+    for (name, density, want), threshold in zip(stored, found[len(updates) :], strict=True):
+        tau.largest(name, density, want.part, threshold)
+    if normed:
+        own = torch.zeros(len(normed), 4, dtype=torch.float64)
+        for row, (rule, piece, call) in enumerate(normed):
+            delta = piece.update.slice(0, piece.update.n)
+            vectors = (
+                delta,
+                rule._kept_update(piece, call, agreed[piece.name]),
+                tau.dense(piece.name, piece.part),
+                rule._kept_tau(piece, tau, call),
+            )
+            for column, x in enumerate(vectors):
+                own[row, column] = x.abs().sum(dtype=torch.float64)
+        for (_, piece, _), row in zip(normed, sums([piece.part for _, piece, _ in normed], own).tolist(), strict=True):
+            agreed[piece.name].norms = tuple(row)
+    return agreed
 
-    def __init__(self, vector: TaskVector | None, shapes: dict[str, tuple[int, ...]]) -> None:
-        self.vector = vector
-        self._shapes = shapes
-        self._largest: dict[tuple[str, float], SparseVector] = {}
 
-    def numel(self, name: str) -> int:
-        n = 1
-        for size in self._shapes[name]:
-            n *= size
-        return n
+def require_shardable(name: str, part: Part, sparsify: Sparsify) -> None:
+    """Refuse a sparsifier that cannot be exact on this part.
 
-    def dense(self, name: str) -> Tensor:
-        return torch.zeros(self.numel(name)) if self.vector is None else self.vector.dense(name)
-
-    def gather(self, name: str, index: Tensor) -> Tensor:
-        return torch.zeros(index.numel()) if self.vector is None else self.vector.gather(name, index)
-
-    def gather_all(self, names: Sequence[str], indices: Sequence[Tensor]) -> Tensor:
-        if self.vector is None:
-            return torch.zeros(sum(index.numel() for index in indices))
-        return self.vector.gather_all(names, indices)
-
-    def largest(self, name: str, density: float) -> SparseVector:
-        """F(τ) by magnitude: static, so computed once and kept sparse (6 bytes a kept entry)."""
-        key = (name, density)
-        if key not in self._largest:
-            if self.vector is None:
-                nothing = torch.empty(0, dtype=torch.int64)
-                self._largest[key] = SparseVector(nothing, torch.empty(0), self.numel(name))
-            else:
-                self._largest[key] = sparse_tau(self.vector, name, density)
-        return self._largest[key]
-
-    @property
-    def resident_bytes(self) -> int:
-        """Memory that F(τ) holds, beside what the task vector itself holds."""
-        own = self.vector.resident_bytes if self.vector is not None else 0
-        return own + sum(stored.resident_bytes for stored in self._largest.values())
-
-    @property
-    def fingerprint(self) -> str:
-        return "none" if self.vector is None else self.vector.fingerprint
+    Raises:
+        ArgumentError: Magnitude where the part is no contiguous range; a sparsifier that is not ours.
+    """
+    if not part.sharded:
+        return
+    if not isinstance(sparsify, Random | Magnitude):
+        raise ArgumentError(
+            "sparsify", sparsify, f"{name} is sharded: only Random and Magnitude know what other ranks hold"
+        )
+    if isinstance(sparsify, Magnitude) and sparsify.density < 1 and not part.contiguous_everywhere:
+        raise ArgumentError(
+            name, "Shard(1)", "Magnitude needs shards of dimension 0: shard rows (fully_shard), or use Random (OnDARE)"
+        )
 
 
 def _at_all(updates: Sequence[Source], indices: Sequence[Tensor]) -> Tensor:

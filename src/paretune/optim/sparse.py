@@ -5,9 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..operators import above, kept, largest_streamed
-from ..task_vector import TaskVector
-
 _PAGE = 1 << 16
 
 
@@ -38,34 +35,6 @@ class SparseVector:
     def resident_bytes(self) -> int:
         """Memory it holds."""
         return sum(t.numel() * t.element_size() for t in (self.values, self._local, self._counts))
-
-
-def sparse_tau(tau: TaskVector, name: str, density: float) -> SparseVector:
-    """F(τ) of one tensor by magnitude, with τ read in chunks and never held whole."""
-    n = tau.numel(name)
-    if density == 1:
-        values = tau.dense(name)
-        index = values.nonzero().view(-1)
-        return SparseVector(index, values[index], n)
-    return SparseVector(*largest_streamed(_TauSource(tau, name), kept(density, n)), n)
-
-
-class _TauSource:
-    """One tensor of τ, read where asked."""
-
-    def __init__(self, tau: TaskVector, name: str) -> None:
-        self.tau, self.name, self.n = tau, name, tau.numel(name)
-
-    def at(self, index: Tensor) -> Tensor:
-        return self.tau.gather(self.name, index)
-
-    def slice(self, start: int, stop: int, step: int = 1) -> Tensor:
-        if step == 1:
-            return self.tau.dense(self.name, start, stop)
-        return self.tau.gather(self.name, torch.arange(start, stop, step))
-
-    def above(self, start: int, stop: int, bound: float) -> Tensor:
-        return above(self.slice(start, stop), bound)
 
 
 def union(index_a: Tensor, values_a: Tensor, index_b: Tensor, values_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

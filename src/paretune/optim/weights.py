@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from .parts import local
 
 At: TypeAlias = "slice | Tensor"
 CHUNK = 1 << 19  # elements handled at a time in dense passes: bounds the scratch memory
@@ -77,6 +78,11 @@ class Weights:
             self.put(at, block)
 
 
+def weights_of(parameter: Tensor, low: Tensor | None) -> Weights:
+    """This rank's elements of a parameter; ``low`` in the parameter's shape, or None."""
+    return Weights(local(parameter.detach()), None if low is None else local(low).view(-1))
+
+
 def join(high: Tensor, low: Tensor) -> Tensor:
     """The float32 numbers whose upper halves are bfloat16 ``high`` and whose lower halves are int16 ``low``."""
     return ((high.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
@@ -101,11 +107,11 @@ def require_supported(name: str, parameter: Tensor) -> None:
     """Refuse parameters that cannot be updated exactly.
 
     Raises:
-        ArgumentError: float16 (its master would not be split in halves), complex, integer, or sharded parameters.
+        ArgumentError: float16 (its master would not split in halves), complex or integer parameters; ZeRO-3's.
     """
     if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         raise ArgumentError(
             name, parameter.dtype, "parameters must be float32, bfloat16 or float64: load the model with dtype=bfloat16"
         )
-    if hasattr(parameter, "to_local"):
-        raise ArgumentError(name, "DTensor", "sharded parameters (FSDP2) are not supported yet: use DDP or one process")
+    if hasattr(parameter, "ds_id"):
+        raise ArgumentError(name, "DeepSpeed ZeRO-3", "its parameters cannot be updated from outside: use FSDP2")

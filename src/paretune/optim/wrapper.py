@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ..errors import ArgumentError, StateError, examples
 from ..task_vector import plain_name
+from .parts import any_nonzero
 
 
 def unique_names(names: Iterable[str], argument: str) -> list[str]:
@@ -55,23 +56,6 @@ def require_dense(name: str, gradient: Tensor) -> None:
     if gradient.layout != torch.strided:
         mend = "sparse gradients are not supported; build the embedding with sparse=False"
         raise ArgumentError(f"{name}.grad", gradient.layout, mend)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, sharing its memory; any other tensor as it is.
-
-    Args:
-        tensor: a tensor or DTensor.
-
-    Returns:
-        A plain tensor.
-
-    Example:
-        >>> local(torch.ones(1))
-        tensor([1.])
-    """
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
@@ -259,8 +243,7 @@ class OptimizerWrapper(Optimizer):
             return False
         if any(float(group.get("lr", 1.0)) != 0 for group in self.param_groups):
             return False
-        gradients = (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
-        return not any(bool(local(gradient).count_nonzero()) for gradient in gradients)
+        return not any_nonzero(p for group in self.param_groups for p in group["params"])
 
     # -- saving and loading ----------------------------------------------------------------------------------
 

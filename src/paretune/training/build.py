@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paretune.errors import ArgumentError, CheckpointError, DataError, MissingExtraError, PareTuneError
-from paretune.training.data import check_columns, load_splits, take_split
-from paretune.training.request import Request
+from paretune.training.data import check_columns, fingerprint, load_splits, take_split
+from paretune.training.request import Request, evaluates
 from paretune.training.trl_classes import trainer_class, trl
 
 if TYPE_CHECKING:
@@ -30,6 +30,16 @@ class Data:
     train_name: str
     evaluation: Any = None
     evaluation_name: str | None = None
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is something to evaluate on."""
+        return self.evaluation is not None
+
+    def record(self) -> dict[str, Any]:
+        """What ``training.json`` says of it."""
+        evaluation = {"name": self.evaluation_name, **fingerprint(self.evaluation)} if self.evaluates else None
+        return {"train": {"name": self.train_name, **fingerprint(self.train)}, "evaluation": evaluation}
 
 
 def load_data(request: Request) -> Data:
@@ -52,27 +62,57 @@ def load_data(request: Request) -> Data:
         splits = load_splits(name, config=script.dataset_config, streaming=script.dataset_streaming)
     else:
         raise ArgumentError("dataset_name", None, "give a hub id, a .json/.jsonl/.parquet file or a folder")
+    other = None
+    if evaluates(request.training) and own.eval_dataset_name:
+        other = own.eval_dataset_name, load_splits(own.eval_dataset_name, streaming=script.dataset_streaming)
+    return choose_splits(request, splits, request.trainer, name=name, other=other)
+
+
+def choose_splits(
+    request: Request,
+    splits: dict[str, Any],
+    kind: str,
+    *,
+    name: str,
+    argument: str = "dataset_name",
+    other: tuple[str, dict[str, Any]] | None = None,
+    other_argument: str = "eval_dataset_name",
+) -> Data:
+    """The split to train on and, where the run evaluates, the one to evaluate on, both checked.
+
+    Args:
+        request: names the splits.
+        splits: of the data set.
+        kind: what the data must be good for: ``dpo``, ``kto``, ``sft`` or ``grpo``.
+        name, argument: the data set's name and the argument that gave it, for messages.
+        other: name and splits of a data set of its own to evaluate on.
+        other_argument: the argument that gave that.
+
+    Raises:
+        DataError: data that cannot be trained on.
+        ArgumentError: a split is missing.
+    """
+    script = request.script
     train = take_split(splits, script.dataset_train_split, name=name, argument="dataset_train_split")
-    check_columns(train, request.trainer, name=name)
+    check_columns(train, kind, name=name, argument=argument)
     data = Data(train, name)
-    if str(getattr(request.training.eval_strategy, "value", request.training.eval_strategy)) == "no":
+    if not evaluates(request.training):
         return data
-    if own.eval_dataset_name:
-        others = load_splits(own.eval_dataset_name, streaming=script.dataset_streaming)
+    if other is not None:
+        data.evaluation_name, others = other
         # A file of its own has one split, which datasets calls train.
         split = next(iter(others)) if len(others) == 1 else script.dataset_test_split
-        data.evaluation_name = own.eval_dataset_name
-        data.evaluation = take_split(others, split, name=own.eval_dataset_name, argument="dataset_test_split")
+        data.evaluation = take_split(others, split, name=data.evaluation_name, argument="dataset_test_split")
     else:
         if script.dataset_test_split not in splits:
             raise ArgumentError(
                 "dataset_test_split",
                 script.dataset_test_split,
-                f"{name!r} has only the splits {', '.join(sorted(splits))}; name one, give --eval_dataset_name, or "
+                f"{name!r} has only the splits {', '.join(sorted(splits))}; name one, give --{other_argument}, or "
                 "set --eval_strategy no",
             )
         data.evaluation, data.evaluation_name = splits[script.dataset_test_split], name
-    check_columns(data.evaluation, request.trainer, name=str(data.evaluation_name))
+    check_columns(data.evaluation, kind, name=str(data.evaluation_name), argument=argument)
     return data
 
 
@@ -134,12 +174,12 @@ def make_trainer(request: Request, data: Data, callbacks: list[Any]) -> Trainer:
         "train_dataset": data.train,
         "eval_dataset": data.evaluation,
         "callbacks": callbacks,
-        "peft_config": _peft_config(request),
+        "peft_config": peft_config(request),
     }
-    request.training.model_init_kwargs = _model_options(request)  # type: ignore[attr-defined]
+    request.training.model_init_kwargs = model_options(request)  # type: ignore[attr-defined]
     if request.trainer == "kto":
         # Before TRL made KTO stable, its trainer did not load a tokenizer by itself.
-        options["processing_class"] = _load_tokenizer(request)
+        options["processing_class"] = load_tokenizer(request)
     if request.trainer == "grpo":
         options["reward_funcs"] = load_rewards(request)
     elif request.other_reference and request.trainer in ("dpo", "kto"):
@@ -198,7 +238,7 @@ def _load_mixture(request: Request) -> dict[str, Any]:
         raise DataError(f"datasets: cannot be read: {first_sentence(error)}") from error
 
 
-def _model_options(request: Request) -> dict[str, Any]:
+def model_options(request: Request) -> dict[str, Any]:
     model = request.model
     options: dict[str, Any] = {
         "revision": model.model_revision,
@@ -212,7 +252,7 @@ def _model_options(request: Request) -> dict[str, Any]:
     return options
 
 
-def _peft_config(request: Request) -> Any:
+def peft_config(request: Request) -> Any:
     if not request.model.use_peft:
         return None
     if importlib.util.find_spec("peft") is None:
@@ -220,7 +260,7 @@ def _peft_config(request: Request) -> Any:
     return trl().get_peft_config(request.model)
 
 
-def _load_tokenizer(request: Request) -> Any:
+def load_tokenizer(request: Request) -> Any:
     from transformers import AutoTokenizer
 
     try:

@@ -26,7 +26,7 @@ _FINGERPRINT_ROWS = 1024
 
 
 def load_splits(
-    name: str, *, config: str | None = None, streaming: bool = False
+    name: str, *, config: str | None = None, streaming: bool = False, argument: str = "dataset_name"
 ) -> dict[str, Dataset | IterableDataset]:
     """All splits of a data set.
 
@@ -35,6 +35,7 @@ def load_splits(
             or one written by ``Dataset.save_to_disk``, or a hub id.
         config: the data set's configuration, for hub ids and folders.
         streaming: read lazily (not for folders written by ``save_to_disk``).
+        argument: what named the data set, for messages.
 
     Returns:
         Split name to data set; a single file is the split ``train``.
@@ -47,21 +48,21 @@ def load_splits(
     path = Path(name).expanduser()
     try:
         if path.is_file():
-            reader = _reader(path)
+            reader = _reader(path, argument)
             loaded: Any = datasets.load_dataset(reader, data_files={"train": str(path)}, streaming=streaming)
         elif path.is_dir() and _is_saved_to_disk(path):
             loaded = datasets.load_from_disk(str(path))
         elif path.is_dir():
             loaded = datasets.load_dataset(str(path), name=config, streaming=streaming)
         elif _looks_like_path(name):
-            raise DataError(f"dataset_name={name!r}: no such file or folder; give a file, a folder or a hub id")
+            raise DataError(f"{argument}={name!r}: no such file or folder; give a file, a folder or a hub id")
         else:
             loaded = datasets.load_dataset(name, name=config, streaming=streaming)
     except DataError:
         raise
     except Exception as error:
         # datasets raises about a dozen unrelated classes here (pyarrow, json, hub, builder errors).
-        raise DataError(f"dataset_name={name!r}: cannot be read: {_one_line(error)}") from error
+        raise DataError(f"{argument}={name!r}: cannot be read: {_one_line(error)}") from error
     if isinstance(loaded, (datasets.Dataset, datasets.IterableDataset)):
         return {"train": loaded}
     return dict(loaded)
@@ -85,33 +86,37 @@ def take_split(splits: dict[str, Any], split: str, *, name: str, argument: str) 
     return splits[split]
 
 
-def check_columns(dataset: Dataset | IterableDataset, trainer: str, *, name: str) -> None:
+def check_columns(
+    dataset: Dataset | IterableDataset, trainer: str, *, name: str, argument: str = "dataset_name"
+) -> None:
     """Refuse data that the trainer cannot use.
 
     Args:
         dataset: a split.
         trainer: ``dpo``, ``kto``, ``sft`` or ``grpo``.
-        name: the data set's name, for the message.
+        name: the data set's name, for the message; empty where it has none.
+        argument: what named the data set, for the message.
 
     Raises:
         DataError: no rows, missing columns, or missing values in a needed column.
     """
+    shown = f"{argument}={name!r}" if name else argument
     columns = list(dataset.column_names or [])
     if not columns:  # a stream does not always know its columns before its first row
         first = next(iter(dataset), None)
         columns = list(first or [])
     rows = len(dataset) if hasattr(dataset, "__len__") else None
     if rows == 0 or not columns:
-        raise DataError(f"dataset_name={name!r}: it holds no rows; give a data set that is not empty")
+        raise DataError(f"{shown}: it holds no rows; give a data set that is not empty")
     matching = [needed for needed in COLUMNS[trainer] if set(needed) <= set(columns)]
     if not matching:
         choices = " or ".join("+".join(needed) for needed in COLUMNS[trainer])
         raise DataError(
-            f"dataset_name={name!r}: {trainer} needs the columns {choices}, it has {', '.join(sorted(columns))}; "
+            f"{shown}: {trainer} needs the columns {choices}, it has {', '.join(sorted(columns))}; "
             "rename or add columns"
         )
     if rows is not None:
-        _check_values(dataset, matching[0], name)
+        _check_values(dataset, matching[0], shown)
 
 
 def fingerprint(dataset: Dataset | IterableDataset) -> dict[str, Any]:
@@ -134,27 +139,27 @@ def fingerprint(dataset: Dataset | IterableDataset) -> dict[str, Any]:
     return {"rows": rows, "columns": columns, "digest": digest.hexdigest()[:32]}
 
 
-def _check_values(dataset: Dataset, needed: tuple[str, ...], name: str) -> None:
+def _check_values(dataset: Dataset, needed: tuple[str, ...], shown: str) -> None:
     for column in needed:
         values = dataset.with_format("arrow")[:][column] if dataset._indices else dataset.data.column(column)
         missing = values.null_count
         if missing:
             first = values.is_null().index(True).as_py()
             raise DataError(
-                f"dataset_name={name!r}: column {column} is empty in {missing} of {len(dataset)} rows "
+                f"{shown}: column {column} is empty in {missing} of {len(dataset)} rows "
                 f"(first: row {first}); fill or drop them"
             )
 
 
-def _reader(path: Path) -> str:
+def _reader(path: Path, argument: str) -> str:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else (suffixes or [""])[-1]
     if kind not in _READERS or (kind == ".parquet" and suffixes[-1] == ".gz"):
         raise DataError(
-            f"dataset_name={str(path)!r}: only .json, .jsonl (also .gz) and .parquet files can be read; convert it"
+            f"{argument}={str(path)!r}: only .json, .jsonl (also .gz) and .parquet files can be read; convert it"
         )
     if path.stat().st_size == 0:
-        raise DataError(f"dataset_name={str(path)!r}: the file is empty; give a data set that is not empty")
+        raise DataError(f"{argument}={str(path)!r}: the file is empty; give a data set that is not empty")
     return _READERS[kind]
 
 

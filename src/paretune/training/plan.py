@@ -87,7 +87,7 @@ def make_plan(request: Request, method: Method) -> Plan:
     Raises:
         PareTuneError: what would refuse the run itself.
     """
-    data_name = request.script.dataset_name or "datasets"
+    data_name = str(request.script.dataset_name or "datasets")
     plan = Plan(
         trainer=request.trainer,
         optimizer=method.name,
@@ -176,6 +176,9 @@ def _count_steps(plan: Plan, request: Request) -> None:
     plan.batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world
     if arguments.max_steps > 0:
         plan.steps = int(arguments.max_steps)
+    if request.trainer == "joint":
+        _count_joint_steps(plan, request, world)
+        return
     try:
         data = load_data(request)
     except DataError as error:
@@ -190,6 +193,33 @@ def _count_steps(plan: Plan, request: Request) -> None:
         plan.notes.append("steps are counted before TRL drops or packs rows")
     elif plan.steps is None:
         raise PareTuneError("max_steps=-1: streamed data has no length; set --max_steps")
+
+
+def _count_joint_steps(plan: Plan, request: Request, world: int) -> None:
+    from paretune.training.joint_build import load_joint_data, make_schedule
+
+    arguments, script = request.training, request.script
+    try:
+        data = load_joint_data(request)
+    except DataError as error:
+        local = is_at_hand(script.sft_dataset) and is_at_hand(script.preference_dataset)
+        if local or "cannot be read" not in str(error):
+            raise
+        plan.notes.append(f"{plan.data} is not at hand: its rows and columns are not checked")
+        return
+    sizes = {"sft": script.sft_batch_size, script.preference_name: script.preference_batch_size}
+    passes, shown, plan.rows = {}, [], 0
+    for name, part in data.parts.items():
+        rows = len(part.train)
+        if name == "kto" and "completion" not in part.train.column_names:
+            rows *= 2  # a pair becomes one desirable and one undesirable row
+        batch = (sizes[name] or arguments.per_device_train_batch_size) * arguments.gradient_accumulation_steps * world
+        passes[name] = math.ceil(rows / batch)
+        plan.rows += rows
+        shown.append(f"{name}: {rows:,} rows, {batch} a step")
+    plan.notes.append(f"{'; '.join(shown)}; steps are counted before rows whose prompts are too long are left out")
+    if plan.steps is None:
+        plan.steps = math.ceil(arguments.num_train_epochs * make_schedule(script).epoch_steps(passes))
 
 
 def _steps(request: Request, rows: int, columns: set[str], world: int) -> int:

@@ -28,6 +28,9 @@ def task_batches(trainer: Trainer, count: int, seed: int = 0) -> Iterator[Any]:
     Yields:
         What :func:`task_loss` takes.
     """
+    if hasattr(trainer, "task_batches"):  # joint training: the objectives make its batches
+        yield from trainer.task_batches(count, seed)
+        return
     dataset: Any = trainer._remove_unused_columns(trainer.train_dataset, "training")
     size = trainer.args.per_device_train_batch_size
     rows = random.Random(seed).sample(range(len(dataset)), min(count * size, len(dataset)))

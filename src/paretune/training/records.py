@@ -88,6 +88,12 @@ def without_secrets(argv: Sequence[str]) -> list[str]:
     return shown
 
 
+def count_steps(record: Mapping[str, Any]) -> int:
+    """The optimizer steps of a run; a joint run's record has an entry for each instead of their number."""
+    steps = record["steps"]
+    return len(steps) if isinstance(steps, list) else int(steps or 0)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file so that a reader sees all of it or nothing of it."""
     write_text(path, json.dumps(jsonable(value), indent=2, ensure_ascii=False) + "\n")
@@ -122,14 +128,17 @@ def model_card(record: Mapping[str, Any]) -> str:
     if own.get("base_model"):
         lines.append(f"| base | `{own['base_model']}` |")
     lines += [
-        f"| data | `{record['data']['train']['name']}`, {record['data']['train']['rows']} rows |",
-        f"| steps | {record['steps']} |",
+        *_data_lines(record["data"]),
+        f"| steps | {count_steps(record)} |",
         f"| learning rate | {training['learning_rate']} |",
     ]
     if training.get("beta") is not None:
         lines.append(f"| beta | {training['beta']} |")
-    lines += [f"| {name} | {value} |" for name, value in record["given"].items() if name in own and value is not None]
+    ours = own if record["trainer"] != "joint" else {**own, **record["arguments"]["script"]}
+    lines += [f"| {name} | {value} |" for name, value in record["given"].items() if name in ours and value is not None]
     lines += [f"| {name} | {value} |" for name, value in record["metrics"].items() if isinstance(value, float)]
+    for split, losses in record.get("losses", {}).items():
+        lines += [f"| final {name} loss, {split} rows | {loss} |" for name, loss in losses.items()]
     covered = record.get("metrics_cover_steps")
     if covered and covered[0] > 1:
         lines.append(f"| train metrics cover steps | {covered[0]} to {covered[1]} (resumed) |")
@@ -146,3 +155,9 @@ def model_card(record: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _data_lines(data: Mapping[str, Any]) -> list[str]:
+    if "train" in data:
+        return [f"| data | `{data['train']['name']}`, {data['train']['rows']} rows |"]
+    return [f"| {name} data | `{part['train']['name']}`, {part['train']['rows']} rows |" for name, part in data.items()]

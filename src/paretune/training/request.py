@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from paretune.training.callbacks import Average
     from paretune.training.trainer import OptimizerFactory
 
-TRAINERS = ("dpo", "kto", "sft", "grpo")
+TRAINERS = ("dpo", "kto", "sft", "grpo", "joint")
 
 
 @dataclass
@@ -25,10 +25,10 @@ class Request:
 
     Args:
         trainer: one of :data:`TRAINERS`.
-        script: TRL's ``ScriptArguments`` (for grpo ``GRPOScriptArguments``).
+        script: TRL's ``ScriptArguments`` (for grpo ``GRPOScriptArguments``); for joint our ``JointArguments``.
         training: TRL's configuration of the trainer.
         model: TRL's ``ModelConfig``.
-        mixture: TRL's ``DatasetMixtureConfig``.
+        mixture: TRL's ``DatasetMixtureConfig``; None for joint.
         own: paretune's arguments.
         given: the arguments that were set, on the command line or in a YAML file.
         command: the command line, for the record.
@@ -92,3 +92,8 @@ class Method:
     state_bytes: dict[str, float] = field(default_factory=dict)
     statement: Callable[[int | None], str | None] | None = None
     notes: list[str] = field(default_factory=list)
+
+
+def evaluates(training: Any) -> bool:
+    """Whether a run evaluates while it trains."""
+    return str(getattr(training.eval_strategy, "value", training.eval_strategy)) != "no"

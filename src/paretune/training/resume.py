@@ -14,7 +14,17 @@ from paretune.training import records
 _FOLDER = re.compile(r"checkpoint-(\d+)$")
 _STATE = "trainer_state.json"
 # Arguments of no influence on a run's numbers.
-FREE = ("sweep", "output_dir", "resume_from_checkpoint", "json", "dry_run", "config", "run_name", "logging_dir")
+FREE = (
+    "sweep",
+    "output_dir",
+    "measure_ideals",
+    "resume_from_checkpoint",
+    "json",
+    "dry_run",
+    "config",
+    "run_name",
+    "logging_dir",
+)
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
@@ -81,7 +91,7 @@ def finished_record(output_dir: Path, checkpoint: Path, *, newest: bool) -> dict
     is_record = isinstance(record, dict) and isinstance(record.get("given"), dict)
     if not is_record or record.get("status") != "finished" or not any(output_dir.glob("*.safetensors")):
         return None
-    return record if newest or step_of(checkpoint) >= record["steps"] else None
+    return record if newest or step_of(checkpoint) >= records.count_steps(record) else None
 
 
 def changed_arguments(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

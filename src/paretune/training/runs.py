@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from paretune.atomic import write_text
 from paretune.errors import ArgumentError
-from paretune.training import records
+from paretune.training import joint_build, records
 from paretune.training.build import Data, check_model, load_data, make_trainer
-from paretune.training.data import fingerprint
+from paretune.training.loss_space import LOSSES_PICTURE, draw_run
 from paretune.training.request import Method, Request
 from paretune.training.resume import changed_arguments, find_checkpoint, finished_record, step_of
 
@@ -62,10 +62,13 @@ def run(request: Request, method: Method) -> Run:
         newest = str(arguments.resume_from_checkpoint).lower() == "true"
         finished = finished_record(output, checkpoint, newest=newest)
     if finished is not None and not changed_arguments(finished["given"], request.given):
-        _logger.info(f"{output}: finished before at step {finished['steps']}, nothing to do; its record is kept")
+        _logger.info(
+            f"{output}: finished before at step {records.count_steps(finished)}, nothing to do; its record is kept"
+        )
         return Run(finished, None)
     check_model(request)
-    data = load_data(request)
+    data: Data | joint_build.JointData
+    data = joint_build.load_joint_data(request) if request.trainer == "joint" else load_data(request)
     trajectory = Trajectory(resume_from=checkpoint)
     callbacks: list[Any] = [trajectory]
     if method.average is not None:
@@ -75,7 +78,7 @@ def run(request: Request, method: Method) -> Run:
         if checkpoint is not None and "restore_callback_states_from_checkpoint" not in request.given:
             arguments.restore_callback_states_from_checkpoint = True  # its patience is part of the run's state
     record = _begin_record(request, method, data, output)
-    trainer = make_trainer(request, data, callbacks)
+    trainer: Any = _make(request, data, callbacks)
     for notice in request.notices:
         _logger.info(notice)
     if method.factory is not None:
@@ -90,18 +93,19 @@ def run(request: Request, method: Method) -> Run:
             raise ArgumentError(
                 "resume_from_checkpoint",
                 str(arguments.resume_from_checkpoint),
-                f"that run finished before at step {finished['steps']} with another {other}, and no step is left; "
-                "raise --max_steps or --num_train_epochs, or start without it in another --output_dir",
+                f"that run finished before at step {records.count_steps(finished)} with another {other}, and no step "
+                "is left; raise --max_steps or --num_train_epochs, or start without it in another --output_dir",
             )
         _check_generation_boundary(request, checkpoint)
         record["resumed_from"] = str(checkpoint)
-    record["steps"] = total_steps(trainer)
+    if request.trainer != "joint":  # there each step has an entry of its own
+        record["steps"] = total_steps(trainer)
     _write(record, trainer, output)
     outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     end = trainer.state.global_step
     # The trainer's sums and means are over the steps of this session; over none they would read as a loss of 0.
     metrics = dict(outcome.metrics) if end > begin else {}
-    if data.evaluation is not None:
+    if data.evaluates:
         metrics.update(trainer.evaluate())
     trainer.save_model(str(output))
     record.update(
@@ -115,15 +119,20 @@ def run(request: Request, method: Method) -> Run:
         best_checkpoint=trainer.state.best_model_checkpoint,
     )
     record["optimizer"]["statement"] = _statement_of(trainer.optimizer)
+    if request.trainer == "joint":
+        record.update(joint_build.outcome(trainer))
     _write(record, trainer, output)
     if trainer.is_world_process_zero():
+        if request.trainer == "joint":
+            draw_run(record, output / LOSSES_PICTURE)
         write_text(output / "README.md", records.model_card(records.jsonable(record)))
     if arguments.push_to_hub:
-        trainer.push_to_hub(dataset_name=request.script.dataset_name)
+        name = None if request.trainer == "joint" else request.script.dataset_name
+        trainer.push_to_hub(dataset_name=name)
     return Run(records.jsonable(record), trainer)
 
 
-def _begin_record(request: Request, method: Method, data: Data, output: Path) -> dict[str, Any]:
+def _begin_record(request: Request, method: Method, data: Data | joint_build.JointData, output: Path) -> dict[str, Any]:
     tau = None
     if method.tau is not None:
         tau = {
@@ -131,9 +140,6 @@ def _begin_record(request: Request, method: Method, data: Data, output: Path) ->
             "base": request.own.base_model,
             "reference": request.reference_path,
         }
-    evaluation = None
-    if data.evaluation is not None:
-        evaluation = {"name": data.evaluation_name, **fingerprint(data.evaluation)}
     return {
         "schema": 1,
         "status": "running",
@@ -149,18 +155,24 @@ def _begin_record(request: Request, method: Method, data: Data, output: Path) ->
         },
         "model": {"path": request.model_path, "revision": request.model.model_revision, **_weights(request.model_path)},
         "tau": tau,
-        "data": {"train": {"name": data.train_name, **fingerprint(data.train)}, "evaluation": evaluation},
+        "data": data.record(),
         "optimizer": {"name": method.name, "statement": None},
         "seed": request.training.seed,
         "versions": records.versions(),
         "hardware": records.hardware(),
         "resumed_from": None,
-        "steps": None,
+        "steps": [] if request.trainer == "joint" else None,
         "metrics": {},
         "metrics_cover_steps": None,
         "last_log": {},
         "history": [],
     }
+
+
+def _make(request: Request, data: Any, callbacks: list[Any]) -> Trainer:
+    if request.trainer == "joint":
+        return joint_build.make_joint_trainer(request, data, callbacks)
+    return make_trainer(request, data, callbacks)
 
 
 def _weights(path: str) -> dict[str, Any]:

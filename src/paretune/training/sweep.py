@@ -109,10 +109,11 @@ def run_sweep(
             "settings": digest,
             "directory": name,
             "optimizer": record["optimizer"],
-            "steps": record["steps"],
+            "steps": records.count_steps(record),
             "seconds": record["seconds"],
             "metrics": record["metrics"],
             "last_log": record["last_log"],
+            **({"losses": record["losses"]} if "losses" in record else {}),
         }
         # All points that were ever finished stay, also those of an earlier, larger grid.
         lines = [json.dumps(records.jsonable(entry), ensure_ascii=False) for entry in by_point.values()]

@@ -27,11 +27,16 @@ def argument_classes(trainer: str) -> tuple[Any, Any, Any, Any]:
     """The dataclasses that TRL's own script for this trainer parses.
 
     Args:
-        trainer: dpo, kto, sft or grpo.
+        trainer: dpo, kto, sft, grpo or joint, where the first two are ours.
 
     Returns:
-        Script arguments, the trainer's configuration, the model's, the data mixture's.
+        Script arguments, the trainer's configuration, the model's, the data mixture's (None for joint).
     """
+    if trainer == "joint":
+        from paretune.training.joint_arguments import JointArguments
+        from paretune.training.joint_config import JointConfig
+
+        return JointArguments, JointConfig, trl().ModelConfig, None
     script = trl().ScriptArguments
     if trainer == "grpo":
         script = importlib.import_module("trl.scripts.grpo").GRPOScriptArguments

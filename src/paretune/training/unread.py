@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from paretune.errors import ArgumentError
 from paretune.training.arguments import OURS
-from paretune.training.request import Request
+from paretune.training.joint_arguments import unread_joint
+from paretune.training.request import Request, evaluates
 
 
 def unread(request: Request) -> list[ArgumentError]:
@@ -21,20 +22,26 @@ def unread(request: Request) -> list[ArgumentError]:
     own, given = request.own, request.given
     merging = own.optimizer in OURS
     pulling = bool(own.l2_to_reference or own.l1_to_reference)
-    evaluation = request.training.eval_strategy
-    evaluates = str(getattr(evaluation, "value", evaluation)) != "no"
+    joint = request.trainer == "joint"
     rules = {
         "base_model": (merging, "only online merging reads it; add --optimizer ondare or onties, or drop it"),
         "base_vocab": (merging and bool(own.base_model), "it needs --base_model and --optimizer ondare or onties"),
         "reference_model": (
-            request.trainer in ("dpo", "kto") or pulling or (merging and bool(own.base_model)),
+            request.trainer in ("dpo", "kto", "joint") or pulling or (merging and bool(own.base_model)),
             f"{request.trainer} reads it with --base_model, --l2_to_reference or --l1_to_reference only; drop it",
         ),
-        "eval_dataset_name": (evaluates, "nothing is evaluated; add --eval_strategy epoch or steps, or drop it"),
+        "eval_dataset_name": (
+            evaluates(request.training) and not joint,
+            "joint takes --sft_eval_dataset and --preference_eval_dataset"
+            if joint
+            else "nothing is evaluated; add --eval_strategy epoch or steps, or drop it",
+        ),
         "early_stopping_threshold": (own.early_stopping_patience is not None, "it needs --early_stopping_patience"),
         "child_batches": (own.child_tuning == "d", "only --child_tuning d reads it; add that, or drop it"),
         "ema_evaluate": (own.ema_decay is not None, "it needs --ema_decay"),
     }
+    if joint:
+        rules |= unread_joint(request.script, request.training)
     return [
         ArgumentError(name, given[name], mend)
         for name, (is_read, mend) in rules.items()

@@ -1,0 +1,20 @@
+"""The compiled kernels of merging: optional, so an installation without a C compiler does without them."""
+
+import platform
+
+from setuptools import Extension, setup
+
+ARGUMENTS = ["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-trapping-math", "-fvisibility=hidden"]
+if platform.machine() in ("x86_64", "AMD64"):
+    ARGUMENTS.append("-mprefer-vector-width=512")  # in the clones for processors that have such registers
+
+setup(
+    ext_modules=[
+        Extension(
+            "paretune.native._kernels",
+            ["src/paretune/native/kernels.c"],
+            extra_compile_args=ARGUMENTS,
+            optional=True,
+        )
+    ]
+)

@@ -1,0 +1,137 @@
+"""How many bytes training holds for each parameter: planned before a run, counted in one, and which card that needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+from .parts import local
+
+PARTS = ("model", "gradients", "moments", "master", "pending", "tau", "other")
+_KINDS = {
+    "exp_avg": "moments",
+    "exp_avg_sq": "moments",
+    "max_exp_avg_sq": "moments",
+    "momentum_buffer": "moments",
+    "exp_avg_sq_row": "moments",
+    "exp_avg_sq_col": "moments",
+    "row_var": "moments",
+    "col_var": "moments",
+    "variance": "moments",
+    "master_low": "master",
+    "pending": "pending",
+}
+CARDS = (16, 24, 32, 40, 48, 80, 96, 141, 192)  # GB of memory on cards that are sold
+_FREE = 0.8  # the share of a card that weights and state may take: the rest is for activations and the framework
+
+
+def planned(
+    method: str, dtype: torch.dtype, *, density: float = 0.05, every: int = 1, tau: str = "files"
+) -> dict[str, float]:
+    """Bytes a trained parameter by part, before anything is built.
+
+    Args:
+        method: ``"adamw"``, ``"ondare"`` or ``"onties"``.
+        dtype: of the parameters: float32, bfloat16 or float64.
+        density: p; counts for OnTIES, which keeps F(τ) at 6 bytes a kept entry.
+        every: K; above 1 the sum of what awaits its merge is held.
+        tau: ``"files"`` (two checkpoints on disk), ``"memory"`` (models in memory: 4 bytes) or ``"none"``.
+
+    Example:
+        >>> planned("onties", torch.bfloat16, density=0.05)
+        {'model': 2.0, 'gradients': 2.0, 'moments': 8.0, 'master': 2.0, 'tau': 0.3}
+    """
+    if method not in ("adamw", "ondare", "onties"):
+        raise ArgumentError("method", method, "choose adamw, ondare or onties")
+    size = float(dtype.itemsize)
+    if method == "adamw":
+        return {"model": size, "gradients": size, "moments": 2 * size}
+    held = {"model": size, "gradients": size, "moments": 16.0 if size == 8 else 8.0}
+    if dtype == torch.bfloat16:
+        held["master"] = 2.0
+    if every > 1:
+        held["pending"] = held["moments"] / 2
+    held["tau"] = {"files": 0.0, "memory": 4.0, "none": 0.0}[tau]
+    if method == "onties" and tau != "none":
+        held["tau"] += round(6 * density, 9)
+    return held
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes that this rank holds, by part.
+
+    Args:
+        parameters: trained parameters on this rank.
+        held: bytes by part, of `PARTS`; the model's and the gradients' are those of the trained parameters.
+    """
+
+    parameters: int
+    held: Mapping[str, int]
+
+    @property
+    def per_parameter(self) -> dict[str, float]:
+        """Bytes a trained parameter, by part."""
+        return {part: size / max(1, self.parameters) for part, size in self.held.items()}
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{part} {size:.3g}" for part, size in self.per_parameter.items() if size)
+        total = sum(self.held.values())
+        return f"bytes per trained parameter: {parts}; {total / 2**30:.2f} GiB for {self.parameters:,} on this rank"
+
+
+def report(parameters: Iterable[Tensor], states: Iterable[Mapping[str, Any]], tau_bytes: int) -> MemoryReport:
+    """Count what an optimizer and its parameters hold now.
+
+    Args:
+        parameters: the trained ones; their gradients count where they are there.
+        states: the optimizer's state of each.
+        tau_bytes: what the task vector holds.
+    """
+    held = dict.fromkeys(PARTS, 0)
+    count = 0
+    for p in parameters:
+        mine = local(p.detach())
+        count += mine.numel()
+        held["model"] += mine.nbytes
+        if p.grad is not None:
+            held["gradients"] += local(p.grad).nbytes
+    for state in states:
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                held[_KINDS.get(key, "other")] += local(value).nbytes
+    held["tau"] = tau_bytes
+    return MemoryReport(count, held)
+
+
+def needed(parameters: float, per_parameter: Mapping[str, float], ranks: int = 1, frozen_bytes: float = 0.0) -> float:
+    """GB (10⁹ bytes) that each of ``ranks`` holds, fully sharded, without activations.
+
+    Args:
+        parameters: how many are trained.
+        per_parameter: from `planned`.
+        ranks: among which everything is divided.
+        frozen_bytes: of weights that are not trained: a reference model, the model under an adapter.
+    """
+    return (parameters * sum(per_parameter.values()) + frozen_bytes) / ranks / 1e9
+
+
+def smallest_card(gigabytes: float) -> int | None:
+    """The smallest card that holds so much in four fifths of its memory; None where none does.
+
+    Example:
+        >>> smallest_card(18.0), smallest_card(500.0)
+        (24, None)
+    """
+    return next((card for card in CARDS if gigabytes <= _FREE * card), None)
+
+
+def ranks_needed(gigabytes: float, card: int = 80) -> int:
+    """How many cards of one size together hold so much in four fifths of their memory."""
+    return max(1, math.ceil(gigabytes / (_FREE * card)))

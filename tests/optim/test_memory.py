@@ -1,0 +1,58 @@
+"""What is planned is what is held."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from builders import gradients, pair, parameters, run
+from safetensors.torch import save_file
+
+import paretune as pt
+from paretune.errors import ArgumentError
+from paretune.optim.memory import needed, planned, ranks_needed, smallest_card
+
+SHAPES = {"w": (400, 300), "b": (300,)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("kind", ["OnDARE", "OnTIES"])
+@pytest.mark.parametrize("where", ["files", "memory"])
+def test_report_equals_the_plan(kind: str, every: int, dtype: torch.dtype, where: str, tmp_path) -> None:
+    reference, dense, tau = pair(0, SHAPES)
+    if where == "files":
+        for side, values in (("reference", reference), ("base", {k: reference[k] - dense[k] for k in dense})):
+            (tmp_path / side).mkdir()
+            save_file({k: v.contiguous() for k, v in values.items()}, tmp_path / side / "model.safetensors")
+        tau = pt.TaskVector.between(base=tmp_path / "base", reference=tmp_path / "reference")
+    params = parameters(reference, dtype)
+    optimizer = getattr(pt, kind)(params.items(), tau, density=0.1, weight=0.1, every=every)
+    run(optimizer, params, gradients(every, SHAPES))
+    plan = planned(kind.lower(), dtype, density=0.1, every=every, tau=where)
+    got = optimizer.memory_report().per_parameter
+    for part, size in plan.items():
+        assert got.get(part, 0.0) == pytest.approx(size, rel=1e-2, abs=1e-3), part
+    assert got["other"] < 0.001  # the step counters
+
+
+def test_report_of_a_wrapper_counts_the_inner_state() -> None:
+    reference, _, tau = pair(0, SHAPES)
+    params = parameters(reference)
+    optimizer = pt.OnlineMerging(torch.optim.AdamW(params.items()), tau, weight=0.1, every=2)
+    run(optimizer, params, gradients(2, SHAPES))
+    got = optimizer.memory_report().per_parameter
+    assert got["moments"] == 8
+    assert got["pending"] == 4
+    assert got["tau"] == 4
+    assert "moments 8" in str(optimizer.memory_report())
+
+
+def test_cards() -> None:
+    per = planned("ondare", torch.bfloat16)
+    assert sum(per.values()) == 14
+    assert needed(7e9, per) == pytest.approx(98)
+    assert needed(7e9, per, ranks=4, frozen_bytes=14e9) == pytest.approx(28)
+    assert smallest_card(98) == 141
+    assert ranks_needed(98, card=80) == 2
+    with pytest.raises(ArgumentError):
+        planned("lion", torch.float32)
