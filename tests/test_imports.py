@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "paretune"
 # What each part may import besides itself. errors ← checkpoint ← task_vector ← operators ← {merge, …}.
-FOUNDATION = ["errors", "log", "atomic", "layers", "checkpoint", "task_vector", "operators"]
+FOUNDATION = ["errors", "log", "atomic", "layers", "checkpoint", "task_vector", "places", "operators"]
 EVERYTHING = {"*"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "layers": set(),
     "checkpoint": {"errors", "log"},
     "task_vector": {"errors", "log", "checkpoint"},
+    "places": {"errors", "layers", "task_vector"},
     "operators": {"errors", "log", "checkpoint", "task_vector"},
     "native": {"errors"},
     "generation": set(FOUNDATION),

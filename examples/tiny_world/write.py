@@ -2,7 +2,7 @@
 
     python examples/tiny_world/write.py runs/world [--seed 0]
 
-The models come from the demo's cache; the first time they are trained, which takes about a minute and a half.
+The models come from the demo's cache; the first time they are trained, which takes about two CPU minutes.
 """
 
 from __future__ import annotations

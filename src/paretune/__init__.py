@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .averaging import Ratios, collect_best_of_n, learn_ratios
+    from .averaging.dial import dial
     from .averaging.fisher_gate import Gate, fisher_gate
+    from .averaging.own_samples import own_samples
     from .checkpoint import Checkpoint
     from .errors import (
         ArgumentError,
@@ -44,8 +46,10 @@ if TYPE_CHECKING:
     )
     from .task_vector import TaskVector
     from .training.callbacks import EMACallback
+    from .training.distill import Distill
     from .training.joint import JointTrainer
     from .training.objectives import DPO, KTO, SFT, Objective, Setup
+    from .training.rehearsal import Leakage, SelfPrompts, self_answers, self_prompts
     from .training.schedules import Alright, MaxRight, Mix, Schedule, Sequential
     from .training.tax_probe import TaxProbe
     from .training.trainer import attach
@@ -54,7 +58,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "averaging": ("Ratios", "collect_best_of_n", "learn_ratios"),
+    "averaging.dial": ("dial",),
     "averaging.fisher_gate": ("Gate", "fisher_gate"),
+    "averaging.own_samples": ("own_samples",),
     "checkpoint": ("Checkpoint",),
     "errors": (
         "ArgumentError",
@@ -84,8 +90,10 @@ _HOMES = {
     ),
     "task_vector": ("TaskVector",),
     "training.callbacks": ("EMACallback",),
+    "training.distill": ("Distill",),
     "training.joint": ("JointTrainer",),
     "training.objectives": ("DPO", "KTO", "Objective", "SFT", "Setup"),
+    "training.rehearsal": ("Leakage", "SelfPrompts", "self_answers", "self_prompts"),
     "training.schedules": ("Alright", "MaxRight", "Mix", "Schedule", "Sequential"),
     "training.tax_probe": ("TaxProbe",),
     "training.trainer": ("attach",),
@@ -102,6 +110,7 @@ __all__ = [
     "DPO",
     "DataError",
     "Decoding",
+    "Distill",
     "EMA",
     "EMACallback",
     "Endpoint",
@@ -111,6 +120,7 @@ __all__ = [
     "Generation",
     "JointTrainer",
     "KTO",
+    "Leakage",
     "LiveMerge",
     "LoRAMerging",
     "METHODS",
@@ -130,6 +140,7 @@ __all__ = [
     "Ratios",
     "SFT",
     "Schedule",
+    "SelfPrompts",
     "Sequential",
     "Setup",
     "SignElection",
@@ -139,13 +150,17 @@ __all__ = [
     "WeightedSum",
     "attach",
     "collect_best_of_n",
+    "dial",
     "fisher_gate",
     "fisher_information",
     "generate",
     "learn_ratios",
     "load_sharded",
     "merge",
+    "own_samples",
     "read_points",
+    "self_answers",
+    "self_prompts",
     "write_points",
 ]
 

@@ -162,3 +162,21 @@ def test_one_line_errors(
     assert said in error
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_mixture_of_experts_live_and_written_are_the_same(tmp_path: Path) -> None:
+    """transformers fuses the experts that checkpoints store one by one."""
+    from transformers import AutoModelForCausalLM
+
+    save_ends(tmp_path, "mixtral")
+    assert average(tmp_path, "apply", "--ratios", "0.4,0.1,0.7", "-o", tmp_path / "out", "--quiet") == 0
+    ratios = pt.Ratios.load(tmp_path / "out" / "ratios.json")
+    assert ratios.tensors["model.layers.3.block_sparse_moe.experts.2.w1.weight"] == 0.7
+    wanted = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "post")
+    live = pt.LiveMerge(model, pre=tmp_path / "pre", post=tmp_path / "post").set(ratios.tensors)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, wanted[name], rtol=0, atol=0)
+    live.set([0.4, 0.1, 0.7])
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, wanted[name], rtol=0, atol=1e-6)

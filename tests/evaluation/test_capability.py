@@ -139,6 +139,21 @@ def test_the_suite_decides_decoding(benchmarks: Benchmarks) -> None:
     assert model.generation_config is own
 
 
+def test_sampled_answers_come_again(folder: Path) -> None:
+    """A task with a temperature draws the same for every call, whatever the global generators were."""
+    warm = Benchmarks(_suite("task: a, kind: exact, file: say.jsonl, max_tokens: 6, temperature: 1.0"), data=folder)
+    model, tokenizer = make_model(seed=1).eval(), make_tokenizer()
+    torch.manual_seed(1)
+    first = warm.measure(model, tokenizer)
+    torch.manual_seed(2)
+    expected = torch.rand(1).item()
+    torch.manual_seed(2)
+    assert warm.measure(model, tokenizer) == first
+    assert torch.rand(1).item() == expected
+    greedy = Benchmarks(_suite("task: a, kind: exact, file: say.jsonl, max_tokens: 6"), data=folder)
+    assert greedy.measure(model, tokenizer).samples != first.samples
+
+
 def test_the_global_generators_are_untouched(benchmarks: Benchmarks) -> None:
     model = make_model().eval()
     torch.manual_seed(5)

@@ -157,6 +157,16 @@ def test_preferences(here: Path, tmp_path: Path) -> None:
     assert aligned.reward_items is not None
     assert set(sft.reward_items.scores) == {0}
     assert aligned.reward_items.scores == pytest.approx(margins, abs=1e-6)
+    # The same name for another reference: the margins of an earlier run say nothing about it.
+    again = command(here, out, here / "aligned", "--preferences", here / "pairs.jsonl", "--beta", 0.2)
+    again[again.index("--reference") + 1] = f"sft={here / 'base'}"
+    assert main(again) == 0
+    (base, _) = load_model(str(here / "base"))
+    wanted = DPOMargin(policy, base, tokenizer, beta=0.2)(read_pairs(str(here / "pairs.jsonl")))
+    found = read_points(out)[1].reward_items
+    assert found is not None
+    assert found.scores == pytest.approx(wanted, abs=1e-6)
+    assert found.scores != aligned.reward_items.scores
     second = tmp_path / "accuracy.jsonl"
     more = ["--preferences", here / "pairs.jsonl", "--reward", "dpo-accuracy"]
     assert main(command(here, second, here / "aligned", *more)) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -129,9 +130,9 @@ def test_tokens_of_one_answer_are_independent(made: tuple[Any, Any]) -> None:
     model.generation_config.eos_token_id = None
     decoding = pt.Decoding(40, temperature=1.0, samples=64, batch_size=64)
     words = [answer.text.split() for answer in pt.generate(model, ["the cat"], decoding, made[1])]
-    same = [a == b for row in words for a, b in zip(row, row[1:], strict=False)]
+    same = [a == b for row in words for a, b in pairwise(row)]
     assert 0.02 < sum(same) / len(same) < 0.07  # 1 in 23 words
-    assert len({row[0] for row in words}) > 12
+    assert len({row[0] for row in words if row}) > 12
 
 
 def test_noise_is_gumbel_and_rows_are_independent() -> None:

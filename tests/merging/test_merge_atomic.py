@@ -230,6 +230,42 @@ def test_an_interrupt_stops_all_workers(tmp_path: Path, monkeypatch: pytest.Monk
     assert pt.merge("linear", paths, out=out).resumed > 0
 
 
+INTERRUPTED = """
+import os, signal, sys
+from paretune.cli import main, merge
+
+pressed = []
+
+def press_control_c(bar, read, total):
+    if read > total // 2 and not pressed:
+        pressed.append(True)
+        os.kill(os.getpid(), signal.SIGINT)
+
+merge._Bar.__call__ = press_control_c
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def test_control_c_leaves_things_resumable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A real signal to the command, two workers at work; then the same command."""
+    from paretune.cli.main import main
+
+    paths = family(tmp_path, 2, shapes=MANY)
+    out = tmp_path / "out"
+    command = ["merge", "linear", "--model", paths[0], "--model", paths[1], "--workers", "2", "-o"]
+    environment = os.environ | {"PYTHONPATH": str(Path(pt.__file__).parent.parent), "OPENBLAS_NUM_THREADS": "1"}
+    script = [sys.executable, "-c", INTERRUPTED, *command, str(out)]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert "the same command goes on" in done.stderr
+    assert not out.exists()
+    assert (tmp_path / "out.merging").is_dir()
+    assert main([*command, str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["resumed"] > 0
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    assert content(out) == content(tmp_path / "whole")
+
+
 def test_progress_reaches_the_end(tmp_path: Path) -> None:
     paths = family(tmp_path, 2)
     seen: list[tuple[int, int]] = []

@@ -271,3 +271,18 @@ def test_statement_numbers() -> None:
     assert "2.5e-07" in published.statement or "2.5e-7" in published.statement
     assert "5e-10" in published.statement, "p·lr"
     assert all(len(s) > 0 for s in SHAPES)
+
+
+def test_deepspeed_is_refused() -> None:
+    reference, _, tau = pair()
+    params = parameters(reference)
+    optimizer = pt.OnDARE(params.items(), tau)
+    flat = torch.nn.Parameter(torch.cat([p.detach().reshape(-1) for p in params.values()]))
+    flat.grad = torch.ones_like(flat)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(ArgumentError, match="FSDP2"):
+        optimizer.step()
+    partitioned = parameters(reference)
+    partitioned["norm.weight"].ds_id = 3  # what ZeRO-3 puts on each
+    with pytest.raises(ArgumentError, match="ZeRO-3"):
+        pt.OnTIES(partitioned.items(), tau)

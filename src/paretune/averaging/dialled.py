@@ -14,9 +14,9 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from ..places import Place, find_places
 from .blocks import Layout
 from .ends import Ends
-from .places import Place, find_places
 
 
 class DialledModel:

@@ -110,10 +110,18 @@ def _tokens(row: Row, tokenizer: Any, number: int) -> tuple[list[int], int]:
         said = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
         opening = _templated(tokenizer, prompt, ask=True)
         whole = _templated(tokenizer, [*prompt, *said], ask=False)
-    start = 0
-    while start < min(len(opening), len(whole)) and opening[start] == whole[start]:
-        start += 1  # where the tokenizer joins the prompt's end with the completion, the joint token is learned
-    return list(whole), start
+        if not row.get("finished", True):
+            empty = _templated(tokenizer, [*prompt, {"role": "assistant", "content": ""}], ask=False)
+            closing = empty[_agreed(opening, empty) :]  # what the template puts after an answer
+            if closing and whole[-len(closing) :] == closing:
+                whole = whole[: -len(closing)]
+    # Where the tokenizer joins the prompt's end with the completion, the joint token is learned.
+    return list(whole), _agreed(opening, whole)
+
+
+def _agreed(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _templated(tokenizer: Any, messages: Sequence[Any], *, ask: bool) -> list[int]:
@@ -154,9 +162,10 @@ def nll(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         batch: of `collate`.
     """
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    wanted = batch["learned"][:, 1:]
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits[:, :-1][wanted].to(wide), batch["input_ids"][:, 1:][wanted], reduction="sum")
+    following = batch["input_ids"].masked_fill(~batch["learned"], -100).roll(-1, 1)  # the first token is never learned
+    # Labels are shifted, not logits: these are by far the largest tensor of the pass, and would be copied.
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide.flatten(0, 1), following.flatten(), ignore_index=-100, reduction="sum")
 
 
 def mean_nll(model: nn.Module, samples: Sequence[Sample], size: int = 8) -> float:

@@ -12,6 +12,8 @@ _COMMANDS = (
     "paretune.cli.average_learn",
     "paretune.cli.average_apply",
     "paretune.cli.average_sweep",
+    "paretune.cli.average_fisher",
+    "paretune.cli.average_dial",
 )
 
 _EXAMPLES = """\

@@ -34,6 +34,7 @@ COMMANDS: dict[str, Command] = {
     "generate": Command("paretune.cli.generate", "a model's answers to a file of prompts"),
     "measure": Command("paretune.cli.measure", "reward and capability of models, compared with the reference"),
     "merge": Command("paretune.cli.merge", "merge checkpoints: linear, DARE, TIES, SLERP … or a mergekit recipe"),
+    "rehearse": Command("paretune.cli.rehearse", "prompts and answers that a model makes itself, to train on"),
     "score": Command("paretune.cli.score", "rewards of answers that are already written"),
     "train": Command("paretune.cli.train", "align a model: DPO, KTO, SFT, GRPO or joint, with any optimizer"),
 }

@@ -70,7 +70,9 @@ def _adamw(request: Request) -> Method:
 
 
 def _online(request: Request, planning: bool) -> Method:
+    from paretune.operators import METHODS
     from paretune.optim import OnDARE, OnTIES
+    from paretune.optim.memory import planned
 
     own = request.own
     kind = OnDARE if own.optimizer == "ondare" else OnTIES
@@ -92,14 +94,10 @@ def _online(request: Request, planning: bool) -> Method:
         )
     else:
         method.statement = statement
-    method.state_bytes["moments"] = 8.0
-    if _itemsize(request) == 2:
-        method.state_bytes["master"] = 2.0
-    if (own.every or 1) > 1:
-        method.state_bytes["pending"] = 4.0
-    # OnTIES keeps F(tau): an int32 index and a bf16 value an entry; OnDARE reads it from the mapped files.
-    density = own.density if own.density is not None else 0.05
-    method.state_bytes["tau"] = 6.0 * density if own.optimizer == "onties" and own.base_model else 0.0
+    dtype = torch.float32 if _itemsize(request) == 4 else torch.bfloat16
+    density = own.density if own.density is not None else METHODS[str(own.optimizer)].density
+    held = planned(str(own.optimizer), dtype, density=density, every=own.every or 1, tau="files" if tau else "none")
+    method.state_bytes.update({part: size for part, size in held.items() if part not in ("model", "gradients")})
     return method
 
 

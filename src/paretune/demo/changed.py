@@ -1,4 +1,4 @@
-"""The tiny world and six changed ones, in which cures are tried that were found on the first."""
+"""The tiny world and changed ones, in which cures are tried that were found on the first."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ WORLDS: dict[str, Changed] = {
     "standard": (lambda seed: Recipe(World(seed=seed)), DPOSettings()),
     "deeper": (lambda seed: Recipe(World(seed=seed), DEEPER), DPOSettings()),
     "on-policy": (lambda seed: Recipe(World(seed=seed, on_policy=True)), DPOSettings()),
+    "known": (lambda seed: Recipe(World(seed=seed, preference="known")), DPOSettings()),
     "short": (lambda seed: Recipe(World(seed=seed, preference="short")), DPOSettings()),
     "marker": (lambda seed: Recipe(World(seed=seed, preference="marker")), WITH_NLL),
     "refusal": (lambda seed: Recipe(World(seed=seed, preference="refusal")), WITH_NLL),

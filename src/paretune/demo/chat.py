@@ -19,6 +19,7 @@ QUESTIONS = (
 # SFT's answers. None is polite in every part: alignment has to put together what the reference only does in pieces.
 STYLES = {"plain": 0.35, "curt": 0.35, "half-polite": 0.3}
 STYLES_WITH_SHORT = {"plain": 0.3, "curt": 0.3, "half-polite": 0.25, "short": 0.15}
+STYLES_WITH_POLITE = {"plain": 0.3, "curt": 0.25, "half-polite": 0.25, "polite": 0.2}
 REJECTED = {"plain": 0.5, "curt": 0.5}
 RAW_STYLES = {"plain": 0.5, "curt": 0.5}  # the base has read questions and rudeness, never a courtesy
 REWARD_POINTS = 5

@@ -46,7 +46,7 @@ def equal_reward(
         found |= {"capability": own[0], "capability_ci": None if own[0] is None else interval(own[1])}
         found |= _removed(scores, reference, own, control)
         methods.append(found)
-    methods.sort(key=lambda each: -1.0 if each["capability"] is None else -each["capability"])
+    methods.sort(key=lambda each: 1.0 if each["capability"] is None else -each["capability"])
     adamw = {"capability": control[0], "capability_ci": interval(control[1])}
     return {"reward": at, "wanted": target, "adamw": adamw, "methods": methods}
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from paretune.demo import cures
 from paretune.demo.align import DPOSettings, PairTensors, adamw, align
+from paretune.demo.joint import joint
 from paretune.demo.on_policy import own_pairs
 from paretune.demo.pretrain import Recipe, load_model
 
@@ -308,4 +309,13 @@ _ROWS: tuple[Row, ...] = (
     Row("AMA", "adaptive", _adaptive, {"mean": 0.4, "parametrization": "projection"}, quick=True),
     Row("AMA", "adaptive", _adaptive, {"mean": 0.4, "parametrization": "sigmoid"}),
     Row("AMA", "adaptive", _adaptive, {"mean": 0.6, "parametrization": "projection"}),
+    Row("sequential", "joint", joint, {"order": "sft then dpo"}),
+    Row("sequential", "joint", joint, {"order": "dpo then sft"}, quick=True),
+    Row("MIX", "joint", joint, {"weight": 0.5}),
+    Row("MIX", "joint", joint, {"weight": 0.9}),
+    Row("ALRIGHT", "joint", joint, {"weight": 0.25}),
+    Row("ALRIGHT", "joint", joint, {"weight": 0.5}, quick=True),
+    Row("ALRIGHT", "joint", joint, {"weight": 0.75}),
+    Row("MAXRIGHT", "joint", joint, {"weight": 0.5}),
+    Row("MAXRIGHT", "joint", joint, {"weight": 0.25}, quick=True),
 )

@@ -1,13 +1,11 @@
-"""The demo's pictures: frontier.png, and a report.html that needs nothing else."""
+"""The demo's pictures: frontier.png, and the report."""
 
 from __future__ import annotations
 
-import html
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paretune.atomic import write_text
+from paretune.demo.front import write_front
 from paretune.demo.results import label
 
 if TYPE_CHECKING:
@@ -26,13 +24,9 @@ _LOOKS = {
 
 
 def write_pictures(results: dict[str, Any], out: Path) -> None:
-    """frontier.png and report.html in ``out``."""
-    figure = draw(results)
-    figure.savefig(out / "frontier.png", dpi=130)
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg")
-    svg = stream.getvalue()
-    write_text(out / "report.html", page(results, svg[svg.index("<svg") :]))
+    """frontier.png, report.html and points.jsonl in ``out``."""
+    draw(results).savefig(out / "frontier.png", dpi=130)
+    write_front(results, out)
 
 
 def draw(results: dict[str, Any]) -> Figure:
@@ -117,69 +111,3 @@ def _enlarge(axis: Axes, results: dict[str, Any]) -> None:
                 "relpos": (0, 0.5),
             },
         )
-
-
-def page(results: dict[str, Any], svg: str) -> str:
-    """A self-contained HTML page: verdict, picture, table, how it was measured."""
-    reference = results["reference"]
-    categories = sorted(reference["capability_by_category"])
-    columns = ("method", "family", "reward", "capability", "tax", *categories, "seconds")
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-    body = "".join(_line(point, categories) for point in (results["base"], reference, *results["points"]))
-    verdict = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in results["verdict"])
-    equal = _equal_table(results["equal_reward"], reference)
-    area = results["hypervolume"]
-    seeds = ", ".join(map(str, results["seeds"]))
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>paretune demo</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }}
-.picture {{ background: white; border-radius: 6px; padding: .5rem; }} .picture svg {{ width: 100%; height: auto; }}
-.wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; font-size: 13px; }}
-th, td {{ padding: .25rem .6rem; border-bottom: 1px solid #8886; text-align: right; white-space: nowrap; }}
-th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) {{ text-align: left; }}
-</style></head><body>
-<h1>The alignment tax on the tiny world</h1>
-<ul>{verdict}</ul>
-{equal}
-<div class="picture">{svg}</div>
-<p>Outlined points are on the Pareto front. Hypervolume against {tuple(area["reference_point"])}: all methods
-{area["all"]:.4f}, AdamW's curve alone {area["adamw"]:.4f}.</p>
-<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
-<p>Points of 100 with 95% bootstrap intervals (paired over items; over seeds too where there are several).
-Reward: answers sampled at temperature 1 about entities that no preference pair mentions. Capability: greedy answers
-to held-out exercises, mean over categories. Tax: the reference's capability minus the model's. Seeds {seeds}.</p>
-</body></html>
-"""
-
-
-def _equal_table(equal: dict[str, Any], reference: dict[str, Any]) -> str:
-    """What each method keeps at one reward."""
-    rows = [("reference", f"{100 * reference['capability']:.1f}", "")]
-    adamw = equal["adamw"]
-    rows.append(("AdamW over learning rates", _with_interval(adamw["capability"], adamw["capability_ci"]), "0"))
-    for each in equal["methods"]:
-        kept = (
-            "not reached" if each["capability"] is None else _with_interval(each["capability"], each["capability_ci"])
-        )
-        removed = "" if each["removed"] is None else _with_interval(each["removed"], each["removed_ci"])
-        rows.append((html.escape(label(each)), kept, removed))
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return (
-        f'<h2>At sampled reward {100 * equal["reward"]:.1f}</h2><div class="wide"><table><thead><tr><th>method</th>'
-        f"<th>capability</th><th>share of AdamW's tax removed (%)</th></tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def _line(point: dict[str, Any], categories: list[str]) -> str:
-    cells = [html.escape(label(point)), html.escape(point["family"])]
-    cells += [_with_interval(point[key], point[f"{key}_ci"]) for key in ("reward", "capability", "tax")]
-    cells += [f"{100 * point['capability_by_category'][name]:.1f}" for name in categories]
-    cells.append(f"{point['seconds']:.1f}")
-    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-
-
-def _with_interval(value: float, bounds: list[float]) -> str:
-    return f"{100 * value:.1f} <small>[{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]</small>"

@@ -1,6 +1,7 @@
 """What a world's preferences ask for: the pairs, the prompts on which reward is sampled, and the reward itself.
 
-``polite`` is the default. The others change what kind of thing is asked: a style that the reference has (``short``), a
+``polite`` is the default: pieces that the reference has, put together. The others change what kind of thing is asked:
+whole styles that the reference has (``known``: politeness again; ``short``), a
 format that it never used (``marker``), no answer at all to a marked class of requests (``refusal``), and politeness on
 the very prompts that the skills are measured on (``overlap``). A cure that holds on the first may fail on the rest.
 """
@@ -161,6 +162,7 @@ def _overlap_reward(world: World, topic: str, generated: str, ended: bool) -> fl
 
 KINDS: dict[str, Kind] = {
     "polite": Kind(_polite_pair, _chat_asked, _polite_reward, chat.STYLES),
+    "known": Kind(_polite_pair, _chat_asked, _polite_reward, chat.STYLES_WITH_POLITE),
     "short": Kind(_short_pair, _chat_asked, _short_reward, chat.STYLES_WITH_SHORT),
     "marker": Kind(_marker_pair, _chat_asked, _marker_reward, chat.STYLES),
     "refusal": Kind(_refusal_pair, _refusal_asked, _refusal_reward, chat.STYLES),

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from paretune.atomic import write_bytes, write_text
 from paretune.errors import ArgumentError
-from paretune.evaluation import tables
 from paretune.evaluation.figure import View, corner, css_name, families, png, printable, scales, svg
 from paretune.evaluation.frontier import Frontier
 from paretune.evaluation.points import Measurement, write_points
 from paretune.evaluation.report_style import LEVELS, STYLE
+from paretune.evaluation.tables import csv_text, markdown
 from paretune.evaluation.wording import (
     bounds,
     categories,
@@ -30,14 +31,32 @@ TITLE = "Reward and alignment tax"
 FORMS = (".html", ".svg", ".png", ".md", ".csv", ".jsonl")
 # Nothing may be loaded or run, whatever a name contains.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-_STATISTICS = (
-    "Intervals are of 95%, each for itself: BCa bootstrap over items, over whole groups where items share a passage or "
-    "a prompt; differences are paired with the reference on the same items. Marks follow tests of single categories "
-    "(McNemar’s exact test for right and wrong, random sign flips otherwise) after Holm’s correction over the "
-    "categories of a model. “Within noise” means that this many items cannot tell; it does not mean equal."
+_INTERVALS = (
+    "Intervals are of 95%, each for itself. “Within noise” means that this many items cannot tell, "
+    "not that models are equal."
+)
+_TESTS = (
+    "Differences are paired with the reference on the same items (BCa bootstrap over items, over whole groups where "
+    "items share a passage or a prompt). Marks follow tests of single categories after Holm’s correction over the "
+    "categories of a model."
 )
 
 Cell = str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of one's own for the page; its first column names the rows.
+
+    Args:
+        title: above it.
+        head: of the columns.
+        rows: as many cells each.
+    """
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
 def write_report(
@@ -47,6 +66,7 @@ def write_report(
     title: str = TITLE,
     reference_point: Sequence[float] | None = None,
     notes: Sequence[str] = (),
+    tables: Sequence[Table] = (),
 ) -> Path:
     """Write a front in the form that the file's ending names.
 
@@ -57,6 +77,7 @@ def write_report(
         title: of the page.
         reference_point: of the hypervolume.
         notes: sentences of your own, put first on the page and in the Markdown.
+        tables: of your own, on the page only.
 
     Returns:
         The path.
@@ -66,11 +87,11 @@ def write_report(
     """
     target = Path(path)
     writers: dict[str, Callable[[], None]] = {
-        ".html": lambda: write_text(target, page(front, title, reference_point, notes)),
+        ".html": lambda: write_text(target, page(front, title, reference_point, notes, tables)),
         ".svg": lambda: write_text(target, svg(front, View())),
         ".png": lambda: write_bytes(target, png(front, View())),
-        ".md": lambda: write_text(target, tables.markdown(front, reference_point, notes)),
-        ".csv": lambda: write_text(target, tables.csv_text(front)),
+        ".md": lambda: write_text(target, markdown(front, reference_point, notes)),
+        ".csv": lambda: write_text(target, csv_text(front)),
         ".jsonl": lambda: write_points(target, front.points),
     }
     check_target(path)
@@ -99,6 +120,7 @@ def page(
     title: str = TITLE,
     reference_point: Sequence[float] | None = None,
     notes: Sequence[str] = (),
+    tables: Sequence[Table] = (),
 ) -> str:
     """The report as one HTML page.
 
@@ -107,6 +129,7 @@ def page(
         title: of the page.
         reference_point: of the hypervolume.
         notes: sentences to put first.
+        tables: put after the figures.
     """
     shade = {css_name(family, front): look for family, look in families(front.points).items()}
     light = "".join(f"--{name}:{look[0]};" for name, look in shade.items())
@@ -118,6 +141,7 @@ def page(
         _tiles(front, reference_point),
         f"<ul>{said}</ul>",
         _figures(front),
+        *(_own_table(table) for table in tables),
         _heat_map(front),
         _side_effects(front),
         _everything(front),
@@ -186,6 +210,12 @@ def _figures(front: Frontier) -> str:
     return f"<h2>The front</h2>{figures}"
 
 
+def _own_table(table: Table) -> str:
+    rows = ["".join([f"<tr><th scope=row>{_said(first)}", *(f"<td>{_said(cell)}" for cell in rest)])
+            for first, *rest in table.rows]  # fmt: skip
+    return f"<h2>{_said(table.title)}</h2>{_table(table.head, rows)}"
+
+
 def _heat_map(front: Frontier) -> str:
     names = categories(front)
     changed = [(p, front.category_changes(p)) for p in front.points if p is not front.reference]
@@ -205,9 +235,10 @@ def _heat_map(front: Frontier) -> str:
             cells.append(_change(changes.get(name), said.verdict if said else "", strongest, y, hint))
         rows.append(_row(front, point, cells))
     base = printable(front.reference.name, 60) if front.reference else "the reference"
+    marks = " ▲ and ▼ mark gains and losses beyond noise." if any(p.tax_verdict for p, _ in changed) else ""
     return (
-        f"<h2>What was lost where</h2><p class=soft>Capability minus that of {escape(base)}, by category. "
-        "▲ and ▼ mark gains and losses beyond noise.</p>" + _table(["model", "all", *names], rows, "map")
+        f"<h2>What was lost where</h2><p class=soft>Capability minus that of {escape(base)}, by category.{marks}</p>"
+        + _table(["model", "all", *names], rows, "map")
     )
 
 
@@ -304,7 +335,9 @@ def _how(front: Frontier) -> str:
     rows = [_row(front, p, [_text(_cut(values.get(key, ""))) for key in keys]) for p, values in own if values]
     table = _table(["model", *keys], rows, text=range(1, len(keys) + 1)) if rows else ""
     each = f"<details open><summary>Each model</summary>{table}</details>" if rows else ""
-    return f"<h2>How it was measured</h2>{f'<dl>{listed}</dl>' if listed else ''}{each}<p class=soft>{_STATISTICS}</p>"
+    about = f"<dl>{listed}</dl>" if listed else ""
+    said = f"{_INTERVALS} {_TESTS}" if any(point.by_category for point in front.points) else _INTERVALS
+    return f"<h2>How it was measured</h2>{about}{each}<p class=soft>{said}</p>"
 
 
 def _cut(value: Any) -> str:

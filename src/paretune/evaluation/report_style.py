@@ -59,8 +59,10 @@ details { margin: .75rem 0; } summary { cursor: pointer; color: var(--soft); }
     --gain: #0072b2; --loss: #d55e00; }
   @page { size: A4 landscape; margin: 12mm; }
   body { font-size: 10pt; max-width: none; padding: 0; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  .broad { display: block; } .narrow { display: none; } h2 { break-after: avoid; }
-  .wide { overflow: visible; border: 0; } table { font-size: 6.6pt; width: auto; } th, td { padding: 1pt 3pt; }
+  .broad { display: block; } .narrow { display: none; } h2, h2 + p { break-after: avoid; } h2 { margin-top: 6mm; }
+  figure { margin: 0; } figure svg { max-height: 84mm; }
+  .wide { overflow: visible; border: 0; } table { font-size: 6.6pt; width: auto; }
+  table.map, table.bars { font-size: 8pt; } th, td { padding: 1pt 3pt; }
   tbody th { min-width: 0; max-width: 45mm; } td.text { min-width: 0; } tr, figure, .tile { break-inside: avoid; }
   thead { display: table-header-group; } tbody th, thead th:first-child { position: static; }
 }

@@ -6,7 +6,7 @@ What the kernel enforces (Linux with seccomp and Landlock, 5.13 or newer; x86_64
 - files: Python's own and the system's libraries can be read, everything else, home directories too, cannot; nothing
   can be written unless ``may_write``, and then only in an empty folder that is deleted afterwards;
 - no other processes: none can be started, signalled or traced;
-- CPU time, wall-clock time and address space are bounded; no capabilities, no environment variables.
+- CPU time, wall-clock time and address space are bounded; no capabilities but root's to read, an empty environment.
 
 What it is not: a virtual machine. A hole in the kernel is a hole in it; and a program that sets out to cheat its own
 tests, in the interpreter that runs them, can.

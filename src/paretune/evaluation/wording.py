@@ -89,7 +89,7 @@ def sentences(front: Frontier) -> list[str]:
     if bargain is not None and bargain is not best:
         name = printable(bargain.name, 120)
         said.append(f"Highest reward whose tax is within noise: {name}{_gain(bargain, x)}{_tax(bargain, y)}.")
-    elif bargain is None and any(p.tax_verdict for p in others(front)):
+    elif bargain is None and any(p.tax_verdict and p.reward_verdict for p in others(front)):
         said.append("No model gains reward with a tax that is within noise.")
     counted = [p.tax_verdict for p in others(front) if p.tax_verdict]
     if counted:

@@ -23,6 +23,10 @@ from .views import View
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ..places import Known
+
+    Dialled = tuple[str, Tensor, View, View]  # name in the checkpoints, where the model keeps it, the end points
+
 _KINDS = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F32"}
 
 
@@ -71,12 +75,16 @@ class LiveMerge:
         self._ends = [_end(path, label) for path, label in ((pre, "pre"), (post, "post"))]
         named = [(plain_name(name), parameter) for name, parameter in model.named_parameters()]
         aliases = _aliases(model, plain_name)
-        self._tensors: list[tuple[str, Tensor, View, View]] = []
+        self._tensors: list[Dialled] = []
         missing: list[str] = []
+        known: Known = {}
         for name, parameter in named:
             views = [_find(end, name, aliases) for end in self._ends]
             if views[0] is None or views[1] is None:
-                missing.append(name)
+                inside = self._inside(model, name, parameter.detach(), known)
+                self._tensors += inside
+                if not inside:
+                    missing.append(name)
                 continue
             for view, end in zip(views, self._ends, strict=True):
                 if view is not None and view.shape != tuple(parameter.shape):
@@ -92,6 +100,18 @@ class LiveMerge:
             )
         layers = [layer for layer in (layer_of(name) for name, *_ in self._tensors) if layer is not None]
         self.layers = max(layers, default=-1) + 1
+
+    def _inside(self, model: nn.Module, name: str, parameter: Tensor, known: Known) -> list[Dialled]:
+        """The tensors that a parameter fuses, such as a layer's experts; none where it is unknown or does not fit."""
+        from ..places import fused_places  # not at the top: it brings torch
+
+        found: list[Dialled] = []
+        for place in fused_places(model, name, parameter, known):
+            pre, post = (end.views.get(place.name) for end in self._ends)
+            if pre is None or post is None or not pre.shape == post.shape == place.shape:
+                return []
+            found.append((place.name, place.of(parameter), pre, post))
+        return found
 
     def set(
         self,

@@ -27,6 +27,7 @@ SUFFIX = ".merging"
 PARTIAL = ".partial"
 _JOURNAL = "journal.jsonl"
 _COMMIT_BYTES = 1 << 29  # what may have to be computed again after a power loss …
+_SWEEP_BYTES = 1 << 28  # … of a sweep, whose pages are then used again …
 _COMMIT_SECONDS = 20.0  # … whichever comes first
 
 
@@ -131,8 +132,8 @@ class Output:
         """Note that a tensor is written whole; now and then make what is noted durable."""
         with self._lock:
             self._fresh.append(number)
-            self._fresh_bytes += size
-            due = self._fresh_bytes >= _COMMIT_BYTES or time.monotonic() - self._committed >= _COMMIT_SECONDS
+            self._fresh_bytes += size * max(1, len(self._files))
+            due = self._fresh_bytes >= (_COMMIT_BYTES if len(self._files) == 1 else _SWEEP_BYTES) or time.monotonic() - self._committed >= _COMMIT_SECONDS
         if due:
             self.commit()
 
@@ -147,6 +148,10 @@ class Output:
             for files in self._files:
                 for descriptor in files.values():
                     os.fdatasync(descriptor)
+                    if len(self._files) > 1 and hasattr(os, "posix_fadvise"):
+                        # A sweep would push its own inputs out of the page cache; and memory that is used again costs
+                        # a fraction of memory that was never used.
+                        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             self._write_journal(fresh)
             self.done.update(fresh)
 

@@ -112,9 +112,9 @@ class _Run:
 
     def _run_threads(self) -> None:
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self.workers)]
-        for thread in threads:
-            thread.start()
         try:
+            for thread in threads:
+                thread.start()
             for thread in threads:
                 while thread.is_alive():
                     thread.join(0.2)  # wakes up for Ctrl-C
@@ -123,7 +123,8 @@ class _Run:
                 self.failure = self.failure or interrupt
                 self.lock.notify_all()
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:
+                    thread.join()
         self.output.commit()
 
     def _work(self) -> None:

@@ -128,6 +128,9 @@ class _OnlineAdamW(Optimizer):
 
     def _trained(self, group: dict[str, Any]) -> list[tuple[str, Tensor]]:
         """The parameters of a group that have a gradient, each with its state."""
+        if len(group["param_names"]) != len(group["params"]):  # DeepSpeed flattens them
+            mend = f"they were {len(group['param_names'])} named ones: shard with FSDP2 instead of DeepSpeed ZeRO"
+            raise ArgumentError("params", f"{len(group['params'])} replaced parameters", mend)
         named = [(plain_name(n), p) for n, p in zip(group["param_names"], group["params"], strict=True)]
         trained = [(name, p) for name, p in named if p.grad is not None]
         for name, p in trained:

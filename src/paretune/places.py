@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import MismatchError, examples
-from ..layers import in_layer, layer_of
-from ..task_vector import plain_name
+from .errors import MismatchError, examples
+from .layers import in_layer, layer_of
+from .task_vector import plain_name
 
 Shape = tuple[int, ...]
+Known = dict[tuple[str, Shape], list["Place"]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def find_places(model: nn.Module, shapes: Mapping[str, Shape]) -> dict[str, list
     found: dict[str, list[Place]] = {}
     missing: list[str] = []
     unequal: list[str] = []
-    known: dict[tuple[str, Shape], list[Place]] = {}
+    known: Known = {}
     for name, parameter in model.named_parameters():
         stored = next((plain for plain in map(plain_name, names[id(parameter)]) if plain in shapes), None)
         if stored is not None:
@@ -61,7 +62,7 @@ def find_places(model: nn.Module, shapes: Mapping[str, Shape]) -> dict[str, list
             if shapes[stored] != tuple(parameter.shape):
                 unequal.append(f"{name} {list(parameter.shape)} against {list(shapes[stored])}")
             continue
-        places = _fused(model, name, parameter, known)
+        places = fused_places(model, name, parameter, known)
         if not places or any(place.name not in shapes or place.shape != shapes[place.name] for place in places):
             missing.append(name)
         found[name] = places
@@ -71,8 +72,15 @@ def find_places(model: nn.Module, shapes: Mapping[str, Shape]) -> dict[str, list
     return found
 
 
-def _fused(model: Any, name: str, parameter: Tensor, known: dict[tuple[str, Shape], list[Place]]) -> list[Place]:
-    """The places inside a parameter that is stored under other names; computed once for layers that are alike."""
+def fused_places(model: Any, name: str, parameter: Tensor, known: Known) -> list[Place]:
+    """The places inside a parameter that is stored under other names; empty where they are not known.
+
+    Args:
+        model: a model as transformers makes it.
+        name: of the parameter.
+        parameter: itself.
+        known: kept between calls, so that layers that are alike are computed once.
+    """
     layer = layer_of(name)
     key = in_layer(name, 0), tuple(parameter.shape)
     if key in known and layer is not None:

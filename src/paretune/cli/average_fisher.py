@@ -1,0 +1,215 @@
+"""``paretune average fisher``: the Fisher gate, made and applied by the merge engine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from paretune.errors import ArgumentError, MismatchError
+
+if TYPE_CHECKING:
+    from paretune.averaging.fisher_gate import Gate
+    from paretune.merging.plan import Part, Plan
+    from paretune.merging.views import View
+
+_EXAMPLES = """\
+examples:
+  paretune average fisher --pre sft --post aligned --preferences preferences.jsonl -o gated
+  paretune average fisher --pre sft --post aligned --preferences preferences.jsonl --mode tensors --weight 3 -o gated
+  paretune average fisher --pre sft --post aligned --gate gated/gate.safetensors --scale 2 -o stronger
+
+The reference's own samples stand for what it should keep; no SFT data is needed. Choose the scale by generated reward:
+  paretune average dial --pre sft --post gated --prompts held-out.jsonl --reward model:reward-model
+"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Register ``fisher``."""
+    parser = subparsers.add_parser(
+        "fisher",
+        help="keep the change where preferences need it and the reference's own behaviour does not",
+        description="pre + s·(post − pre)·F_p/(F_p + λF_s): F_p from the preferred answers, F_s from own samples.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--pre", required=True, metavar="MODEL", help="the reference, before alignment")
+    parser.add_argument("--post", required=True, metavar="MODEL", help="the policy, after it")
+    parser.add_argument("-o", "--out", required=True, metavar="OUT", help="the directory to write: new or empty")
+    parser.add_argument("--gate", metavar="FILE", help="apply this gate instead of making one")
+    parser.add_argument("--preferences", metavar="FILE", help="preference pairs; the chosen answers are used")
+    parser.add_argument("--pairs", type=int, default=160, help="of the preferences, at most (160)")
+    parser.add_argument("--samples", type=int, default=192, help="of the reference (192)")
+    parser.add_argument("--weight", type=float, default=1.0, metavar="λ", help="of the reference's own behaviour (1)")
+    parser.add_argument("--mode", choices=("entries", "tensors"), default="entries", help="what one factor is for")
+    parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="of the gated change (1)")
+    parser.add_argument("--override", action="store_true", help="also where ΣF_s/ΣF_p says that the gate fails")
+    parser.add_argument("--gate-only", action="store_true", help="write OUT/gate.safetensors and no model")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens kept of a preference (512)")
+    parser.add_argument("--max-tokens", type=int, default=64, help="of a sample (64)")
+    parser.add_argument("--scratch", metavar="DIR", help="keep sums of squares in files there instead of memory")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (0)")
+    parser.add_argument("--batch-size", type=int, default=64, help="samples at once (64)")
+    parser.add_argument("--workers", type=int, help="threads that write; never changes the result")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Make the gate and apply it."""
+    from paretune.averaging.fisher_gate import MINIMAL_RATIO, Gate
+    from paretune.cli.average_apply import carry_out_average
+    from paretune.merging.output import checked_directory
+
+    checked_directory(arguments.out)
+    if arguments.gate is not None:
+        gate = Gate.load(arguments.gate)
+        if not gate.trusted and not arguments.override:
+            raise ArgumentError("--gate", arguments.gate, f"ΣF_s/ΣF_p is {gate.ratio:.2f}: add --override to apply it")
+    else:
+        gate = _made(arguments)
+    file = Path(arguments.out) / "gate.safetensors"
+    report: dict[str, Any] = {}
+    if not arguments.gate_only:
+        plan = plan_gated(arguments.pre, arguments.post, gate, arguments.scale)
+        plan.check()
+        report = carry_out_average(plan, arguments.out, arguments.workers, arguments.quiet)
+    gate.save(file)
+    kept = {"ratio": gate.ratio, "weight": gate.weight, "mode": gate.mode, "scale": arguments.scale, "gate": str(file)}
+    if arguments.json:
+        print(json.dumps(report | kept))
+        return 0
+    trust = "" if gate.trusted else f" (below {MINIMAL_RATIO:g}: not to be trusted)"
+    print(f"ΣF_s/ΣF_p {gate.ratio:.2f}{trust}, λ {gate.weight:g}, factors for {gate.mode}, scale {arguments.scale:g}")
+    print(arguments.out if not arguments.gate_only else file)
+    return 0
+
+
+def plan_gated(pre: str, post: str, gate: Gate, scale: float) -> Plan:
+    """The merge engine's plan of pre + s·g·(post − pre).
+
+    Args:
+        pre, post: the checkpoints.
+        gate: with a factor for every floating-point tensor, or for one that it is tied to.
+        scale: s.
+    """
+    from paretune.merging.plan import make_plan
+    from paretune.merging.recipe import Recipe, Slice, Source
+
+    if not np.isfinite(scale):
+        raise ArgumentError("--scale", scale, "give a finite number")
+    sources = (Source(pre, None, {"weight": 0.0}), Source(post, None, {"weight": 1.0}))
+    # The seed is part of a merge's identity: another gate or scale does not continue this one's partial result.
+    plan = make_plan([Recipe("linear", (Slice(sources),), seed=_number(gate, scale))], [])
+    return replace(plan, parts=tuple(part if part.copied else _gated(part, gate, scale) for part in plan.parts))
+
+
+def _number(gate: Gate, scale: float) -> int:
+    import hashlib
+
+    digest = hashlib.sha256(f"{scale} {gate.weight} {gate.ratio}".encode())
+    for name in sorted(gate.factors):
+        digest.update(name.encode() + gate.factors[name].cpu().numpy().tobytes())
+    return int.from_bytes(digest.digest()[:4], "little")
+
+
+def _gated(part: Part, gate: Gate, scale: float) -> Part:
+    factor = gate.factors.get(part.name)
+    if factor is None:
+        # A head that is stored although it is tied has the embedding's factor.
+        factor = next((f for name, f in gate.factors.items() if "embed" in name and f.shape in ((), part.shape)), None)
+    if factor is None or (factor.ndim and tuple(factor.shape) != part.shape):
+        raise MismatchError(f"{part.name}: the gate has no factor of its shape: was it made for this model?")
+    pre, post = part.sources
+    return replace(part, sources=(pre, GatedView(pre, post, factor.numpy().reshape(-1), scale)))
+
+
+@dataclass
+class GatedView:
+    """pre + s·g·(post − pre), computed where it is read; exact where s·g is 0 or 1."""
+
+    pre: View
+    post: View
+    factor: np.ndarray  # [1] or [elements]
+    scale: float
+
+    @property
+    def kind(self) -> str:
+        return self.post.kind
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.post.shape
+
+    @property
+    def info(self) -> Any:
+        """Of the stored tensor, for messages."""
+        return getattr(self.post, "info", None)
+
+    def fill(self, start: int, stop: int, out: np.ndarray) -> None:
+        low = np.empty(stop - start, np.float32)
+        self.pre.fill(start, stop, low)
+        self.post.fill(start, stop, out)
+        share = self.scale * (self.factor[start:stop] if self.factor.size > 1 else self.factor).astype(np.float64)
+        change = out.astype(np.float64) - low
+        near, far = low + share * change, out - (1 - share) * change
+        np.copyto(out, np.where(share < 0.5, near, far), casting="same_kind")
+
+    def release(self, start: int, stop: int) -> None:
+        self.pre.release(start, stop)
+        self.post.release(start, stop)
+
+
+def _made(arguments: argparse.Namespace) -> Gate:
+    from paretune.averaging.fisher_gate import fisher_gate
+    from paretune.averaging.own_samples import own_samples
+    from paretune.generation import load
+
+    if arguments.preferences is None:
+        raise ArgumentError("--preferences", None, "give the preference pairs, or a ready --gate")
+    for name in ("pairs", "samples"):
+        if getattr(arguments, name) < 2:
+            raise ArgumentError(f"--{name}", getattr(arguments, name), "give at least 2")
+    model, tokenizer = load(arguments.pre)
+    chosen = chosen_answers(arguments.preferences, tokenizer, arguments.max_length)[: arguments.pairs]
+    samples = own_samples(
+        model,
+        tokenizer,
+        arguments.samples,
+        max_tokens=arguments.max_tokens,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        progress=not arguments.quiet,
+    )
+    policy = arguments.post if os.path.isdir(arguments.post) and not _is_adapter(arguments.post) else None
+    return fisher_gate(
+        policy, model, chosen, samples, arguments.weight,
+        mode=arguments.mode, scratch=arguments.scratch, override=arguments.override,
+    )  # fmt: skip
+
+
+def chosen_answers(path: str, tokenizer: Any, max_length: int) -> list[Mapping[str, Any]]:
+    """The preferred answers of a preference file, tokenised."""
+    from paretune.training.sequences import pair_rows, take_rows
+
+    rows = pair_rows(take_rows(path, "dpo", name="--preferences"), tokenizer, max_length, name="--preferences")
+    spans = [(int(rows.starts[i]), int(rows.starts[i + 1])) for i in range(0, len(rows), 2)]
+    return [
+        {"input_ids": rows.ids[a:b].tolist(), "completion_mask": rows.completion[a:b].astype(int).tolist()}
+        for a, b in spans
+        if rows.completion[a + 1 : b].any()
+    ]
+
+
+def _is_adapter(path: str) -> bool:
+    from paretune.merging.adapters import is_adapter
+
+    return is_adapter(Path(path))
