@@ -63,7 +63,8 @@ def write_world(directory: Path, hidden: int = 256) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(WORDS) + 3, hidden_size=hidden, intermediate_size=hidden * 43 // 16,
-        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, pad_token_id=0, eos_token_id=2, bos_token_id=None,
+        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128,
+        pad_token_id=0, eos_token_id=2, bos_token_id=None,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     for name in ("base", "reference"):

@@ -194,6 +194,7 @@ def against_copy(work: Path, paths: list[Path], repeats: int) -> dict[str, Any]:
             remove(work / "out")
             copies.append(copied(work, read))
             taken[name].append((float(done.stdout), sum(copies) / 2))
+            print(f"  {name}: {float(done.stdout):.2f} s, copies {copies}", file=sys.stderr, flush=True)
     for name, pairs in taken.items():
         ratios = [round(ours / copy, 2) for ours, copy in pairs]
         found[name] = {

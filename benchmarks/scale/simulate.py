@@ -3,7 +3,7 @@
     python benchmarks/scale/simulate.py [--elements 20000000]
 
 Measured here, on one CPU thread: nanoseconds an element of a fused AdamW step, of an OnDARE step, and of an OnTIES step
-as a rank makes it under sharding (three histogram passes and one selection). Counted from the code: bytes that each
+as a rank makes it under sharding (two histogram passes and one selection). Counted from the code: bytes that each
 rank holds, sends and receives. Everything else is an assumption, named in the output. No figure of the tables was
 measured on such a machine: they are estimates.
 """
@@ -98,7 +98,7 @@ def row(model: str, ranks: int) -> list[str]:
     messages = 2 * collective(histogram, ranks) + collective(counts, ranks, gather=True)
     speed = HBM * REACHED
     dare = mine * MOMENTS / speed
-    ties = mine * (MOMENTS + FIRST_PASS + 3 * LATER_PASS) / speed
+    ties = mine * (MOMENTS + FIRST_PASS + 2 * LATER_PASS) / speed
     held = {kind: sum(planned(kind, torch.bfloat16).values()) * mine / 1e9 for kind in ("ondare", "onties")}
     return [
         model, str(ranks), f"{mine / 1e6:.0f}", f"{held['ondare']:.2f}", f"{held['onties']:.2f}",

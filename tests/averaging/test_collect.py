@@ -130,6 +130,12 @@ def test_from_a_model(tmp_path: Path) -> None:
         pt.collect_best_of_n(model, prompts, scored, **options)
     with pytest.raises(pt.ArgumentError, match="holds scores of"):
         pt.collect_best_of_n(model, prompts, length, **options)
+    source = "lambda prompts, completions: [{} for _ in completions]"
+    other = options | {"out": tmp_path / "other.jsonl"}
+    pt.collect_best_of_n(model, prompts, eval(source.format(1.0)), **other)
+    pt.collect_best_of_n(model, prompts, eval(source.format(1.0)), **other)
+    with pytest.raises(pt.ArgumentError, match="holds scores of"):  # of the same name, but it does something else
+        pt.collect_best_of_n(model, prompts, eval(source.format(2.0)), **other)
     with pytest.raises(pt.DataError, match="nan"):
         pt.collect_best_of_n(model, prompts, lambda p, c: [float("nan")] * len(c), n=2, tokenizer=tokenizer,
                              max_new_tokens=2, progress=False)  # fmt: skip

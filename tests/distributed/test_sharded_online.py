@@ -204,7 +204,13 @@ def test_three_exchanges_a_step_and_only_own_rows_of_tau(tmp_path) -> None:
 # -- what training does around the step -----------------------------------------------------------------------
 
 
+def row_vector() -> pt.TaskVector:
+    return pt.TaskVector.between(base={"weight": torch.zeros(1, 5)}, reference={"weight": torch.ones(1, 5)})
+
+
 def surroundings(rank: int, ranks: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
     for kind in ("dare sparse", "ties sparse"):
         one, many = Awkward(), fully_sharded()
         train(one, OPTIMIZERS[kind](named(one), task_vector()), STEPS, accumulate=3, clip=0.05)
@@ -214,6 +220,7 @@ def surroundings(rank: int, ranks: int) -> None:
         # built first and sharded then, its parameters replaced by index, as accelerate does
         late = Awkward()
         optimizer = OPTIMIZERS[kind](named(late), task_vector())
+        assert not optimizer._tau._largest, "F(τ) of whole parameters is not held by every rank"
         names = [name for name, p in late.named_parameters() if p.requires_grad]
         fully_sharded(model=late)
         current = dict(late.named_parameters())
@@ -221,7 +228,15 @@ def surroundings(rank: int, ranks: int) -> None:
         train(late, optimizer, STEPS, ranks, rank, accumulate=3, clip=0.05)
         assert error(late, one) < 1e-6, f"{kind} sharded late: {error(late, one):.2e}"
 
-        # warm-up: the first learning rate is 0 and some ranks have nothing but zeros
+        # warm-up: the first learning rate is 0, and this model's one row is rank 0's
+        row = nn.Linear(5, 1, bias=False)
+        fully_shard(row)
+        optimizer = OPTIMIZERS[kind](row.named_parameters(), row_vector())
+        optimizer.param_groups[0]["lr"] = 0.0
+        row(torch.ones(1, 5)).sum().backward()
+        optimizer.step()
+        assert optimizer.param_groups[0]["calls"] == 1, "every rank counts it"
+
         warm, cold = fully_sharded(), Awkward()
         for model, many_ranks in ((warm, ranks), (cold, 1)):
             optimizer = OPTIMIZERS[kind](named(model), task_vector())

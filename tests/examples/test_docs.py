@@ -15,7 +15,7 @@ from paretune.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 # The SFT model of the first page is the model of all others.
-PAGES = ("train-sft.md", "train-dpo.md", "train-kto.md", "train-grpo.md", "training.md")
+PAGES = ("train-sft.md", "train-dpo.md", "train-kto.md", "train-grpo.md", "train-joint.md", "training.md")
 
 
 def commands(page: str) -> list[list[str]]:
@@ -34,6 +34,7 @@ def test_every_page_has_a_command(page: str) -> None:
 @pytest.mark.slow
 def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PARETUNE_CACHE", str(tmp_path / "cache"))
     subprocess.run([sys.executable, str(ROOT / "examples" / "tiny" / "make.py"), "runs/tiny"], check=True)
     for page in PAGES:
         for command in commands(page):

@@ -410,7 +410,7 @@ def _ranked(directory: Path, name: str, preference: str, micro: int, size: int) 
     objectives[preference] = kind(tiny_models.rows(preference, 9, 2))
     schedule = SCHEDULES[name]() if preference == "dpo" else pt.MaxRight({"sft": 0.3, "kto": 0.7}, refresh_every=2)
     return pt.JointTrainer(
-        tiny_models.make_model(),
+        tiny_models.make_model().double(),  # in float32 Adam makes whole steps of gradients that are rounding errors
         arguments(
             directory, per_device_train_batch_size=size, gradient_accumulation_steps=micro, eval_strategy="steps",
             eval_steps=3, learning_rate=1e-3,

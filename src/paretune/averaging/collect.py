@@ -76,7 +76,8 @@ def collect_best_of_n(
         tokenizer: of a model given as an object.
         out: the JSON lines to write, in a form that TRL reads. Beside it ``NAME.samples.jsonl`` keeps all samples and
             ``NAME.scores.jsonl`` their scores; an interrupted call, repeated, makes and scores only what is missing.
-        reward_name: what tells rewards apart when a call is repeated; the function's name by default.
+        reward_name: what tells rewards apart when a call is repeated; by default the reward's name, with a hash of a
+            function's code.
         progress: show bars on stderr where that is a terminal.
 
     Returns:
@@ -293,6 +294,20 @@ def _key(sample: Generation, reward: str) -> str:
 
 
 def _name(reward: Reward) -> str:
-    if hasattr(reward, "pairwise"):
-        return str(getattr(reward, "name", "reward"))
-    return f"{getattr(reward, '__module__', '')}.{getattr(reward, '__qualname__', type(reward).__qualname__)}"
+    """What tells a reward apart: its name, and of functions also a hash of what they do."""
+    name = getattr(reward, "name", None) or (
+        f"{getattr(reward, '__module__', '')}.{getattr(reward, '__qualname__', type(reward).__qualname__)}"
+    )
+    code = getattr(getattr(reward, "function", reward), "__code__", None)
+    if code is None:
+        return str(name)
+    return f"{name} {hashlib.sha256(repr(_content(code)).encode()).hexdigest()[:8]}"
+
+
+def _content(code: Any) -> list[Any]:
+    """What a function's code does, without where it stands."""
+    constants = [
+        _content(c) if hasattr(c, "co_code") else sorted(map(repr, c)) if isinstance(c, frozenset) else repr(c)
+        for c in code.co_consts
+    ]
+    return [code.co_code, constants, code.co_names]

@@ -100,7 +100,6 @@ def run(arguments: argparse.Namespace) -> int:
         read_questions(arguments.prompts, chat=chat, limit=arguments.limit).prompts,
         reward,
         tokenizer=tokenizer,
-        reward_name=arguments.reward,
         progress=not arguments.quiet,
         **options,
     )

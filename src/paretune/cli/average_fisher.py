@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,22 +132,18 @@ def _gated(part: Part, gate: Gate, scale: float) -> Part:
     return replace(part, sources=(pre, GatedView(pre, post, factor.numpy().reshape(-1), scale)))
 
 
-@dataclass
 class GatedView:
-    """pre + s·g·(post − pre), computed where it is read; exact where s·g is 0 or 1."""
+    """pre + s·g·(post − pre), computed where it is read; exact where s·g is 0 or 1.
 
-    pre: View
-    post: View
-    factor: np.ndarray  # [1] or [elements]
-    scale: float
+    Args:
+        pre, post: the ends.
+        factor: g, [1] or [elements].
+        scale: s.
+    """
 
-    @property
-    def kind(self) -> str:
-        return self.post.kind
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.post.shape
+    def __init__(self, pre: View, post: View, factor: np.ndarray, scale: float) -> None:
+        self.pre, self.post, self.factor, self.scale = pre, post, factor, scale
+        self.kind, self.shape = post.kind, post.shape
 
     @property
     def info(self) -> Any:

@@ -42,7 +42,7 @@ class Template:
         special = {tokenizer.convert_tokens_to_ids(token): token for token in tokenizer.all_special_tokens}
         first = [special[token] for token in ids[1][:1] if token in special]
         # A template without a special token ends the turn by text: its first line that says anything.
-        stops = first or [line for line in after.splitlines() if line.strip()][:1]
+        stops = first or [line.strip() for line in after.splitlines() if line.strip()][:1]
         return cls(tuple(ids[0]), tuple(ids[1]), tuple(stops))
 
 

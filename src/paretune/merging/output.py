@@ -133,7 +133,8 @@ class Output:
         with self._lock:
             self._fresh.append(number)
             self._fresh_bytes += size * max(1, len(self._files))
-            due = self._fresh_bytes >= (_COMMIT_BYTES if len(self._files) == 1 else _SWEEP_BYTES) or time.monotonic() - self._committed >= _COMMIT_SECONDS
+            limit = _COMMIT_BYTES if len(self._files) == 1 else _SWEEP_BYTES
+            due = self._fresh_bytes >= limit or time.monotonic() - self._committed >= _COMMIT_SECONDS
         if due:
             self.commit()
 

@@ -42,11 +42,14 @@ class Tau:
             return None
         return Wanted(TauSource(self.vector, name, part), part, kept(density, part.whole), False)
 
-    def largest(self, name: str, density: float, part: Part, threshold: Threshold | None = None) -> SparseVector:
+    def largest(
+        self, name: str, density: float, part: Part, threshold: Threshold | None = None, keep: bool = True
+    ) -> SparseVector:
         """This rank's part of F(τ) by magnitude: static, so computed once.
 
         Args:
             threshold: of what `wanted` asked for.
+            keep: whether to keep it for the next time.
         """
         if (found := self._found(name, density, part)) is not None:
             return found
@@ -62,7 +65,8 @@ class Tau:
                 result = SparseVector(*threshold.select(source), part.n)
             else:
                 result = SparseVector(*largest_streamed(source, kept(density, part.n)), part.n)
-        self._largest[name] = density, part, result
+        if keep:
+            self._largest[name] = density, part, result
         return result
 
     def _found(self, name: str, density: float, part: Part) -> SparseVector | None:
@@ -109,12 +113,18 @@ def make_ready(tau: Tau, parts: Mapping[str, Part], density: float) -> None:
 
 
 def shares(tau: Tau, parts: Mapping[str, Part], density: float, chunk: int = 1 << 19) -> Tensor:
-    """‖F(τ)‖₁ and ‖τ‖₁ of this rank's parts, one row for each parameter (float64); F(τ) must be there already."""
+    """‖F(τ)‖₁ and ‖τ‖₁ of this rank's parts, one row for each parameter (float64).
+
+    F(τ) is kept for the steps, but not that of whole parameters among several ranks: accelerate shards them later.
+    """
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    alone = alone or torch.distributed.get_world_size() == 1
     rows = torch.zeros(len(parts), 2, dtype=torch.float64)
     for row, (name, part) in enumerate(parts.items()):
         if tau.vector is None:
             continue
-        rows[row, 0] = tau.largest(name, density, part).values.abs().sum(dtype=torch.float64)
+        stored = tau.largest(name, density, part, keep=alone or part.sharded)
+        rows[row, 0] = stored.values.abs().sum(dtype=torch.float64)
         source = TauSource(tau.vector, name, part)
         for start in range(0, part.n, chunk):
             rows[row, 1] += source.slice(start, min(part.n, start + chunk)).abs().sum(dtype=torch.float64)

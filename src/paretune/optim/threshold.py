@@ -21,6 +21,7 @@ from .parts import Part, gathered, sums
 
 _CHUNK = {"cpu": 1 << 16}  # elements looked at a time: the scratch stays in the cache …
 _DEVICE_CHUNK = 1 << 24  # … which matters on the CPU only
+_FEW = 24  # up to one element in so many is kept between passes: a sixth of a byte a parameter
 
 
 class Wanted(NamedTuple):
@@ -86,13 +87,14 @@ def _thresholds(wanted: Sequence[Wanted], wide: bool) -> Iterator[Threshold]:
     parts = [want.part for want in wanted]
     left = torch.tensor([want.k for want in wanted])  # how many are still wanted at or below the prefix
     prefix = torch.zeros(len(wanted), dtype=torch.int64)
+    inside: dict[int, Tensor] = {}
     bits = 63 if wide else 31
     each = digit_bits(max((math.prod(group.size() for group in part.groups) for part in parts), default=1))
     while bits > each:
         bits -= each
-        counts = sums(parts, _histograms(wanted, prefix, bits, each))
+        counts = sums(parts, _histograms(wanted, prefix, bits, each, inside))
         left, prefix = _descend(counts, left, prefix, each)
-    own = _histograms(wanted, prefix, 0, bits)
+    own = _histograms(wanted, prefix, 0, bits, inside)
     begins = torch.tensor([part.range[0] for part in parts]).unsqueeze(1)
     everyone = gathered(parts, torch.cat([begins, own], 1))
     counts = torch.stack([rows[:, 1:].sum(0) for rows in everyone])
@@ -114,17 +116,28 @@ def digit_bits(ranks: int) -> int:
     return 11 if ranks <= 16 else 12 if ranks <= 128 else 13
 
 
-def _histograms(wanted: Sequence[Wanted], prefix: Tensor, shift: int, bits: int) -> Tensor:
-    """How many of this rank's magnitudes have the prefix and then each value of the next ``bits`` bits."""
+def _histograms(wanted: Sequence[Wanted], prefix: Tensor, shift: int, bits: int, inside: dict[int, Tensor]) -> Tensor:
+    """How many of this rank's magnitudes have the prefix and then each value of the next ``bits`` bits.
+
+    ``inside`` keeps those that have the prefix, once they are few, so that no later digit needs another pass.
+    """
     counts = torch.zeros(len(wanted), 1 << bits, dtype=torch.int64)
     for row, want in enumerate(wanted):
-        first = int(prefix[row]) << (shift + bits)
+        first, limit = int(prefix[row]) << (shift + bits), want.source.n // _FEW
+        chunks = (inside[row],) if row in inside else (v for _, _, v in _at_least(want.source, first, want.wide))
         total: Tensor | None = None
-        for _, _, values in _at_least(want.source, first, want.wide):
-            keys = magnitude_keys(values)
+        found: list[Tensor] = []
+        size = 0
+        for values in chunks:
+            keys = values if row in inside else magnitude_keys(values)
             keys = keys[(keys >> (shift + bits)) == int(prefix[row])]
+            size += keys.numel()
+            if first and size <= limit:
+                found.append(keys)
             here = torch.bincount((keys >> shift) & ((1 << bits) - 1), minlength=1 << bits)
             total = here if total is None else total.add_(here)
+        if found and size <= limit:
+            inside[row] = torch.cat(found)
         if total is not None:
             counts[row] = total.cpu()
     return counts

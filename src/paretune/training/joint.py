@@ -18,9 +18,10 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from paretune.atomic import write_text
-from paretune.errors import ArgumentError, CheckpointError, StateError
+from paretune.errors import ArgumentError, StateError
 from paretune.training.draws import Draws
 from paretune.training.objectives import EVAL, TRAIN, Objective, Setup
+from paretune.training.pretrained import load_model, load_tokenizer
 from paretune.training.ranks import rank, sum_over_ranks, world_size
 from paretune.training.schedules import Mix, Schedule
 from paretune.training.step_losses import MIX, Part, StepLosses
@@ -102,7 +103,7 @@ class JointTrainer(Trainer):
         self.objectives = dict(objectives)
         self.schedule = schedule if schedule is not None else Mix()
         _check(self.objectives, self.schedule)
-        model = _load_model(model) if isinstance(model, (str, Path)) else model
+        model = load_model(model) if isinstance(model, (str, Path)) else model
         ready = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
         evaluates = any(EVAL in objective.datasets for objective in self.objectives.values())
         super().__init__(
@@ -110,7 +111,7 @@ class JointTrainer(Trainer):
             args=args,
             train_dataset=[0],  # the objectives hold the data
             eval_dataset=[0] if evaluates else None,
-            processing_class=processing_class if processing_class is not None else _load_tokenizer(model),
+            processing_class=processing_class if processing_class is not None else load_tokenizer(model),
             callbacks=list(callbacks or ()),
             optimizers=(ready, None),
         )
@@ -399,28 +400,3 @@ def _check_arguments(trainer: Trainer) -> None:
         )
     if trainer.is_deepspeed_enabled:
         raise ArgumentError("deepspeed", trainer.args.deepspeed, "joint training runs on DDP and FSDP; take one")
-
-
-def _load_model(path: str | Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"model={str(path)!r}: {' '.join(str(error).split())}") from error
-
-
-def _load_tokenizer(model: Any) -> Any:
-    from transformers import AutoTokenizer
-
-    path = getattr(getattr(model, "config", None), "_name_or_path", "")
-    if not path:
-        return None  # objectives without text need none; the others say so
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        text = " ".join(str(error).split())
-        raise ArgumentError("processing_class", None, f"{path!r} has no tokenizer, give one: {text}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer

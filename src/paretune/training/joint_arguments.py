@@ -25,6 +25,18 @@ class JointArguments:
     preference_dataset: str | None = _argument(
         "Preference pairs, or for --preference_loss kto also labelled answers; likewise."
     )
+    rehearse: Literal["auto", "raw-fragments", "prompt-model", "mutate", "user-mark"] | None = _argument(
+        "In place of --sft_dataset: prompts that the model makes itself, answered by it and distilled by forward KL. "
+        "'auto' tunes a prompt model on --rehearse_seeds where given, else cuts the model's own plain text."
+    )
+    rehearse_seeds: str | None = _argument("A few dozen prompts that rehearsal starts from, as --sft_dataset.")
+    rehearse_count: int = _argument("Prompts to make.", 2000)
+    rehearse_max_new_tokens: int = _argument("Longest answer that is rehearsed.", 256)
+    rehearse_nll: float = _argument(
+        "Share in [0, 1) of the preferences' weight that goes to the chosen answers' own likelihood: for preferences "
+        "that ask for new behaviour.",
+        0.0,
+    )
     sft_eval_dataset: str | None = _argument("Demonstrations to evaluate on; a split of --sft_dataset when absent.")
     preference_eval_dataset: str | None = _argument(
         "Preferences to evaluate on; a split of --preference_dataset when absent."
@@ -77,7 +89,7 @@ class JointArguments:
     @property
     def dataset_name(self) -> str:
         """Both data sets, for plans and model cards."""
-        return f"{self.sft_dataset} + {self.preference_dataset}"
+        return f"{self.sft_dataset or f'self-rehearsal ({self.rehearse})'} + {self.preference_dataset}"
 
 
 def check_joint(joint: JointArguments, training: Any) -> None:
@@ -90,7 +102,10 @@ def check_joint(joint: JointArguments, training: Any) -> None:
     Raises:
         ArgumentError: naming the first offending argument, its value and the mend.
     """
+    check_rehearsal(joint)
     for name in ("sft_dataset", "preference_dataset"):
+        if name == "sft_dataset" and joint.rehearse:
+            continue
         if not getattr(joint, name):
             raise ArgumentError(name, None, "give a hub id, a .json/.jsonl/.parquet file or a folder")
     if not 0 <= joint.weight_preference <= 1:
@@ -116,6 +131,23 @@ def check_joint(joint: JointArguments, training: Any) -> None:
         )
 
 
+def check_rehearsal(joint: JointArguments) -> None:
+    """Refuse arguments of self-rehearsal that cannot work."""
+    if joint.rehearse and joint.sft_dataset:
+        raise ArgumentError("rehearse", joint.rehearse, "it stands in --sft_dataset's place; drop one of them")
+    if joint.rehearse and joint.sft_eval_dataset:
+        raise ArgumentError("sft_eval_dataset", joint.sft_eval_dataset, "self-rehearsal has none; drop it")
+    if joint.rehearse and joint.schedule not in ("mix", "alright", "maxright"):
+        raise ArgumentError("rehearse", joint.rehearse, "it goes with --schedule alright, mix or maxright")
+    if joint.rehearse in ("prompt-model", "mutate") and not joint.rehearse_seeds:
+        raise ArgumentError("rehearse", joint.rehearse, "it starts from prompts: give --rehearse_seeds")
+    for name in ("rehearse_count", "rehearse_max_new_tokens"):
+        if getattr(joint, name) < 1:
+            raise ArgumentError(name, getattr(joint, name), "give a whole number of at least 1")
+    if not 0 <= joint.rehearse_nll < 1:
+        raise ArgumentError("rehearse_nll", joint.rehearse_nll, "give a share in [0, 1)")
+
+
 def unread_joint(joint: JointArguments, training: Any) -> dict[str, tuple[bool, str]]:
     """Arguments of joint training: whether this run reads each, and what to do where it does not.
 
@@ -128,6 +160,10 @@ def unread_joint(joint: JointArguments, training: Any) -> dict[str, tuple[bool, 
     ideals = maxright or joint.stop_within is not None
     evaluation = "nothing is evaluated; add --eval_strategy epoch or steps, or drop it"
     return {
+        **{
+            name: (joint.rehearse is not None, "it needs --rehearse")
+            for name in ("rehearse_seeds", "rehearse_count", "rehearse_max_new_tokens", "rehearse_nll")
+        },
         "weight_preference": (weighs, "it needs --schedule mix, alright or maxright"),
         "refresh_every": (maxright, "it needs --schedule maxright"),
         "ideal_sft": (ideals, "it needs --schedule maxright or --stop_within"),

@@ -55,6 +55,8 @@ def load_joint_data(request: Request) -> JointData:
     key = script.preference_name
     parts = {}
     for name, prefix in (("sft", "sft"), (key, "preference")):
+        if name == "sft" and script.rehearse:
+            continue  # made once the preferences are known
         argument, other_argument = f"{prefix}_dataset", f"{prefix}_eval_dataset"
         path, other_path = getattr(script, argument), getattr(script, other_argument)
         other = None
@@ -64,6 +66,10 @@ def load_joint_data(request: Request) -> JointData:
         parts[name] = choose_splits(
             request, splits, name, name=path, argument=argument, other=other, other_argument=other_argument
         )
+    if script.rehearse:
+        from paretune.training.joint_rehearsal import rehearsal
+
+        parts = {"sft": rehearsal(request, parts[key].train), **parts}
     return JointData(parts)
 
 
@@ -71,6 +77,9 @@ def make_schedule(script: JointArguments) -> Schedule:
     """The schedule that the arguments ask for."""
     key = script.preference_name
     weights = {"sft": 1 - script.weight_preference, key: script.weight_preference}
+    if script.rehearse_nll:
+        weights["chosen"] = weights[key] * script.rehearse_nll
+        weights[key] -= weights["chosen"]
     if script.schedule == "mix":
         return Mix(weights)
     if script.schedule == "alright":
@@ -107,6 +116,10 @@ def make_objectives(request: Request, data: JointData) -> dict[str, Any]:
         chosen = DPO(
             preference.train, **shared, loss_type=script.preference_loss, label_smoothing=settings.label_smoothing
         )
+    if script.rehearse:
+        from paretune.training.joint_rehearsal import rehearsal_objectives
+
+        return {**rehearsal_objectives(request, sft.train, preference.train), script.preference_name: chosen}
     max_length = script.sft_max_length or settings.max_length
     demonstrations = SFT(
         sft.train, eval_dataset=sft.evaluation, batch_size=script.sft_batch_size, max_length=max_length

@@ -143,7 +143,8 @@ def self_prompts(
     if source in NEEDS_SEEDS and not seeds:
         raise ArgumentError("seeds", list(seeds), f"{source} starts from a few dozen prompts: give them")
     template = Template.of(tokenizer)
-    gathered = _Gathered(source, count, Leakage(preferences) if preferences else None)
+    marks = (tokenizer.decode(list(template.before)).strip(), *template.stops)
+    gathered = _Gathered(source, count, Leakage(preferences) if preferences else None, marks)
     if source == "mutate":
         rng = random.Random(f"{seed}/mutate")
         near = _neighbours(model, tokenizer, seeds)
@@ -219,8 +220,9 @@ def self_answers(
 class _Gathered:
     """Collects valid, new prompts and counts the others."""
 
-    def __init__(self, source: str, count: int, leakage: Leakage | None) -> None:
+    def __init__(self, source: str, count: int, leakage: Leakage | None, marks: Sequence[str]) -> None:
         self.source, self.count, self.leakage = source, count, leakage
+        self.marks = [mark for mark in marks if mark]  # of turns: no prompt has one inside
         self.prompts: dict[str, None] = {}
         self.sampled = self.valid = self.left_out = self.new = 0
 
@@ -231,7 +233,7 @@ class _Gathered:
     def add(self, prompt: str | None) -> None:
         self.sampled += 1
         prompt = None if prompt is None else " ".join(prompt.split())
-        if not prompt:
+        if not prompt or any(mark in prompt for mark in self.marks):
             return
         self.valid += 1
         if prompt in self.prompts:

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from paretune.errors import ArgumentError
 from paretune.generation.decoding import Decoding, Prompt, check_prompts, requests
+from paretune.generation.divergence import answer_tokens, divergence
 from paretune.generation.local import answers, encode
 from paretune.training.sequences import Sequences, sft_rows, take_rows
 
@@ -143,12 +144,13 @@ class TaxProbe(TrainerCallback):
             wanted = requests(self._prompts, self._ids, self._decoding, "probe")
             batches = answers(policy, self._tokenizer, wanted, self._ids, self._decoding)
             written = [generation for batch in batches for _, generation in batch]
-            kl = self._kl(policy, [(g.index, g.text, g.finished) for g in written])
+            rows = answer_tokens(written, self._ids, self._tokenizer)
+            kl = divergence(policy, lambda: self._as_reference(policy), rows, self._decoding.batch_size)
             losses = self._losses(policy)
             if losses is not None and self._reference_losses is None:
                 with self._as_reference(policy) as reference:
                     self._reference_losses = self._losses(reference)
-        found: dict[str, float] = {"kl": kl}
+        found: dict[str, float] = {"kl": sum(kl) / len(kl)}
         if losses is not None and self._reference_losses is not None:
             found["sft_loss"] = float(losses.mean())
             found["tax"], found["tax_error"] = _mean(losses - self._reference_losses)
@@ -186,30 +188,15 @@ class TaxProbe(TrainerCallback):
             with _undisturbed(reference):
                 yield reference
 
-    def _kl(self, policy: Any, written: Sequence[tuple[int, str, bool]]) -> float:
-        """The mean over answers of the sum over tokens of the exact KL between the two next-token distributions."""
-        end = self._tokenizer.eos_token_id
-        rows = []
-        for index, text, finished in written:
-            answer = self._tokenizer(text, add_special_tokens=False).input_ids
-            answer += [end] if finished and end is not None else []
-            rows.append((self._ids[index] + answer, [False] * len(self._ids[index]) + [True] * len(answer)))
-        total = 0.0
-        for ids, counted in self._batches(Sequences.of(rows), policy.device):
-            log_p = _log_probabilities(policy, ids)
-            with self._as_reference(policy) as reference:
-                log_q = _log_probabilities(reference, ids)
-            each = (log_p.exp() * (log_p - log_q)).sum(-1)
-            total += float((each * counted[:, 1:]).sum())
-        return total / len(rows)
-
     def _losses(self, model: Any) -> Tensor | None:
         """[rows] mean negative log-likelihood of each row's counted tokens; None without rows."""
         if self._rows is None:
             return None
         found = []
         for ids, counted in self._batches(self._rows, model.device):
-            log_p = _log_probabilities(model, ids).gather(-1, ids[:, 1:, None])[..., 0]
+            with torch.no_grad():
+                logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            log_p = torch.log_softmax(logits, -1).gather(-1, ids[:, 1:, None])[..., 0]
             weight = counted[:, 1:].float()
             found.append(-(log_p * weight).sum(1) / weight.sum(1).clamp_min(1))
         return torch.cat(found).cpu()
@@ -220,12 +207,6 @@ class TaxProbe(TrainerCallback):
         for start in range(0, len(rows), size):
             ids, counted = rows.pad(range(start, min(start + size, len(rows))), pad)
             yield ids.to(device), counted.to(device)
-
-
-def _log_probabilities(model: Any, ids: Tensor) -> Tensor:
-    """[rows, length − 1, vocabulary] in float32; padding on the right is seen by no counted token."""
-    with torch.no_grad():
-        return torch.log_softmax(model(input_ids=ids, use_cache=False).logits[:, :-1].float(), -1)
 
 
 def _mean(values: Tensor) -> tuple[float, float]:
