@@ -19,7 +19,7 @@ from paretune.errors import ArgumentError, MismatchError
 from paretune.optim.parts import part_of
 from paretune.optim.weights import join
 
-STEPS = range(4)
+STEPS = range(3)
 SHAPES = {"wide": (331, 400), "rows": (7, 5), "one": (1,), "cube": (6, 9, 4)}
 
 

@@ -12,7 +12,8 @@ from tiny_models import make_model, make_tokenizer, rows
 
 import paretune as pt
 from paretune.errors import ArgumentError
-from paretune.generation import Decoding
+from paretune.generation import Decoding, Generation
+from paretune.generation.divergence import answer_tokens
 from paretune.training.tax_probe import Reading, TaxProbe
 
 PROMPTS = [row["prompt"] for row in rows("grpo", 6, seed=5)]
@@ -71,9 +72,11 @@ def test_against_plain_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     policy, reference = make_model(1), make_model(2)
     trainer = make_trainer(tmp_path, policy, ref_model=reference)
     probe = probe_of(trainer, reward=lambda prompts, texts: [float(i) for i in range(len(texts))])
-    written: list[tuple[int, str, bool]] = []
-    plain_kl = probe._kl
-    monkeypatch.setattr(probe, "_kl", lambda policy, rows: (written.extend(rows), plain_kl(policy, rows))[1])
+    written: list[Generation] = []
+    monkeypatch.setattr(
+        "paretune.training.tax_probe.answer_tokens",
+        lambda answers, *given: (written.extend(answers), answer_tokens(answers, *given))[1],
+    )
     reading = probe.measure(3)
     tokenizer, policy = make_tokenizer(), trainer.model.eval()
     losses = []
@@ -86,16 +89,16 @@ def test_against_plain_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert reading.sft_loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
     kl = []
-    for index, text, finished in written:
-        start = tokenizer.apply_chat_template(PROMPTS[index], add_generation_prompt=True, return_dict=False)
-        answer = tokenizer(text).input_ids
-        answer += [tokenizer.eos_token_id] if finished else []
+    for one in written:
+        start = tokenizer.apply_chat_template(PROMPTS[one.index], add_generation_prompt=True, return_dict=False)
+        answer = tokenizer(one.text).input_ids
+        answer += [tokenizer.eos_token_id] if one.finished else []
         ids = torch.tensor([start + answer])
         with torch.no_grad():
             p, q = (torch.log_softmax(m.eval()(input_ids=ids).logits[0].double(), -1) for m in (policy, reference))
         kl.append(float((p.exp() * (p - q)).sum(-1)[len(start) - 1 : -1].sum()))
     assert reading.kl == pytest.approx(sum(kl) / len(kl), rel=1e-5)
-    assert len({len(text.split()) for _, text, _ in written}) > 1  # so padding was at work
+    assert len({len(one.text.split()) for one in written}) > 1  # so padding was at work
     assert (reading.step, reading.reward) == (3, 2.5)
     assert reading.reward_error == pytest.approx(torch.arange(6.0).std().item() / 6**0.5)
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from paretune.cli.measure_text import line, listing, table
 from paretune.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
@@ -90,6 +91,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     reward.add_argument("--top-p", type=float, default=1.0, help="of answers (1)")
     reward.add_argument("--samples", type=int, default=1, help="answers a prompt (1)")
     reward.add_argument("--seed", type=int, default=0, help="of answers (0)")
+    reward.add_argument(
+        "--kl",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure the answers' KL to the reference, which then stays in memory beside each model",
+    )
     reward.add_argument("--preferences", metavar="FILE", help="pairs instead of prompts: prompt, chosen, rejected")
     reward.add_argument("--beta", type=float, default=0.1, help="of the margin (0.1)")
     parser.add_argument("-o", "--out", metavar="FILE", type=Path, help="points.jsonl to write")
@@ -105,10 +112,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what was asked."""
-    if arguments.quiet:
+    if arguments.quiet or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # for bars that cannot be switched off; read when tqdm is imported
     if arguments.list_suites:
-        _list_suites(arguments.json)
+        print(listing(arguments.json))
         return 0
     suite = _suite(arguments)
     specs = _models(arguments)
@@ -119,6 +126,7 @@ def run(arguments: argparse.Namespace) -> int:
     from paretune.evaluation.points import write_points
     from paretune.evaluation.reward_sources import file_name
 
+    bars = not arguments.quiet and sys.stderr.isatty()
     candidates = _candidates(arguments, specs)
     known = _known(out, [candidate.name for candidate in candidates])
     with contextlib.redirect_stdout(sys.stderr):  # benchmarks' own code prints; stdout is for the result
@@ -134,14 +142,14 @@ def run(arguments: argparse.Namespace) -> int:
         def keep(points: list[Measurement]) -> None:
             write_points(out, points)
             if not arguments.quiet:
-                print(_line(points[-1]), file=sys.stderr)
+                print(line(points[-1]), file=sys.stderr)
 
         points = measure(
             candidates,
             benchmarks,
             reward,
             batch_size=arguments.batch_size,
-            progress=not arguments.quiet,
+            progress=bars,
             known=known,
             keep=keep,
             samples=samples,
@@ -149,7 +157,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"points": [_brief(point) for point in points], "out": str(out)}, ensure_ascii=False))
     else:
-        print("\n".join(_table(points)))
+        print("\n".join(table(points)))
     return 0
 
 
@@ -262,7 +270,9 @@ def _reward(arguments: argparse.Namespace) -> RewardSource:
         arguments.answers.mkdir(parents=True, exist_ok=True)
     verdicts = None if arguments.answers is None else arguments.answers / "verdicts.jsonl"
     score = load_reward(kind, cache=verdicts, batch_size=arguments.batch_size)
-    return AnswersReward(questions, score, decoding, kind, arguments.answers, progress=not arguments.quiet)
+    return AnswersReward(
+        questions, score, decoding, kind, arguments.answers, progress=not arguments.quiet, kl=arguments.kl
+    )
 
 
 def _check_device(device: str | None) -> None:
@@ -312,84 +322,3 @@ def _write_items(folder: Path, capability: Capability) -> None:
 def _brief(point: Measurement) -> dict[str, Any]:
     record = point.to_dict()
     return {name: value for name, value in record.items() if name not in ("reward_items", "capability_items")}
-
-
-def _line(point: Measurement) -> str:
-    tax = "" if point.tax_ci is None else f", tax {point.tax:.3f} ({point.tax_verdict})"
-    return f"paretune: {point.name}: reward {point.reward:.3f}, capability {point.capability:.3f}{tax}"
-
-
-def _table(points: Sequence[Measurement]) -> list[str]:
-    def with_interval(value: float | None, interval: tuple[float, float] | None) -> str:
-        if value is None or interval is None:
-            return "—"
-        value, low, high = (round(each, 3) + 0.0 for each in (value, *interval))  # -0.0 is 0
-        return f"{value:.3f} [{low:.3f}, {high:.3f}]"
-
-    rows = [("model", "reward", "capability", "tax", "capability is a", "lost")]
-    for point in points:
-        lost = [name for name, each in point.by_category.items() if each.verdict == "loss"]
-        rows.append((
-            point.name,
-            with_interval(point.reward, point.reward_ci),
-            with_interval(point.capability, point.capability_ci),
-            with_interval(point.tax, point.tax_ci),
-            point.tax_verdict or "reference",
-            ", ".join(lost),
-        ))  # fmt: skip
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
-
-
-def _list_suites(as_json: bool) -> None:
-    from paretune.evaluation.suite import built_in
-    from paretune.evaluation.tasks import KINDS
-
-    suites = built_in()
-    rows = {name: [_facts(task) for task in suite.tasks] for name, suite in suites.items()}
-    if as_json:
-        kinds = {
-            name: {"about": kind.about, "columns": kind.columns, "layout": kind.layout} for name, kind in KINDS.items()
-        }
-        print(json.dumps({"suites": rows, "kinds": kinds}, ensure_ascii=False))
-        return
-    for name, suite in suites.items():
-        print(f"{name}: {suite.about}" + (f" ({suite.paper})" if suite.paper else ""))
-        table = [("", "task", "category", "by", "shots", "decoding", "real data"), *(
-            ("", *(str(task[key]) for key in ("task", "category", "by", "shots", "decoding", "real_data")))
-            for task in rows[name]
-        )]  # fmt: skip
-        widths = [max(len(row[i]) for row in table) for i in range(7)]
-        for row in table:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        for task in rows[name]:
-            if task["note"]:
-                print(f"    {task['task']}: {task['note']}")
-        print()
-    print("kinds for your own suite (kind: NAME):")
-    for name, kind in KINDS.items():
-        print(f"  {name}: {kind.about}; columns {' or '.join(', '.join(names) for names in kind.columns)}")
-
-
-def _facts(task: Any) -> dict[str, Any]:
-    kind = task.ours
-    if kind is not None and kind.score is None:
-        decoding = "log-likelihood"
-    elif kind is not None:
-        decoding = f"greedy, {task.max_tokens or kind.max_tokens} tokens"
-    else:
-        decoding = "the harness's" + (f", {task.max_tokens} tokens" if task.max_tokens else "")
-    if task.temperature:
-        decoding = decoding.replace("greedy", f"T={task.temperature:g}")
-    return {
-        "task": task.task,
-        "category": task.category,
-        "by": f"ours ({task.kind})" if task.kind else "lm-evaluation-harness",
-        "data": task.file or task.hub or "the harness's",
-        "shots": task.shots,
-        "decoding": decoding,
-        "runs_code": task.runs_code,
-        "real_data": ("met" if task.real_data else "never met") if task.kind else "the harness's",
-        "note": task.note,
-    }

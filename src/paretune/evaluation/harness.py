@@ -45,7 +45,22 @@ def build(spec: TaskSpec, data: Path | None) -> dict[str, Any]:
                 f"task {name}: lm-evaluation-harness would run programs without a sandbox: "
                 "use kind humaneval, mbpp or ds1000"
             )
+    if "ifeval" in spec.harness:
+        _check_punkt(spec)
     return tasks
+
+
+def _check_punkt(spec: TaskSpec) -> None:
+    """The harness tries to fetch nltk's sentence splitter, goes on without it, and fails after all answers."""
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab/english/")
+    except LookupError:
+        raise DataError(
+            f"task {spec.task}: needs nltk's punkt_tab, which could not be fetched: run python -m nltk.downloader "
+            f"punkt_tab where there is a network and copy ~/nltk_data, or leave {spec.task} out"
+        ) from None
 
 
 def _ours(spec: TaskSpec, data: Path | None) -> dict[str, Any]:

@@ -47,6 +47,7 @@ def length_controlled(
     lengths: Sequence[int],
     other_lengths: Sequence[int],
     *,
+    clusters: Sequence[object] | None = None,
     bootstraps: int = 1000,
     seed: int = 0,
 ) -> LengthControlled:
@@ -60,7 +61,8 @@ def length_controlled(
     Args:
         wins: in [0, 1]; None for items that were not scored.
         lengths, other_lengths: in characters, as AlpacaEval's.
-        bootstraps: resamples of items for the error, ≥ 2.
+        clusters: what each item is drawn with, such as its prompt; every item alone by default.
+        bootstraps: resamples of items (or clusters) for the error, ≥ 2.
         seed: of the resamples.
 
     Raises:
@@ -87,7 +89,9 @@ def length_controlled(
     longer = np.array([lengths[i] - other_lengths[i] for i in scored], dtype=np.float64)
     spread = longer.std()
     z = np.tanh(longer / spread) if spread > 0 else np.zeros_like(longer)
-    counts = np.random.default_rng(seed).multinomial(len(y), np.full(len(y), 1 / len(y)), size=bootstraps)
+    groups = np.arange(len(y)) if clusters is None else _numbered([clusters[i] for i in scored])
+    n = int(groups.max()) + 1
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=bootstraps)[:, groups]
     theta, phi = _fit(y, z, np.ones((1, len(y))))
     rates = 100 * _sigmoid(_fit(y, z, counts.astype(np.float64))[0])
     low, high = np.percentile(rates, [2.5, 97.5])
@@ -99,6 +103,11 @@ def length_controlled(
         slope=float(phi[0]),
         items=len(y),
     )
+
+
+def _numbered(clusters: Sequence[object]) -> NDArray[np.intp]:
+    number: dict[object, int] = {}
+    return np.array([number.setdefault(cluster, len(number)) for cluster in clusters])
 
 
 def _fit(y: Array, z: Array, weights: Array) -> tuple[Array, Array]:

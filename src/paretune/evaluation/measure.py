@@ -112,7 +112,7 @@ def measure(
         model, tokenizer = candidate.open()
         fingerprint = model_fingerprint(model)
         reference = reference or fingerprint
-        key = _key(benchmarks, reward, fingerprint, reference if reward.relative else "")
+        key = _key(benchmarks, reward, fingerprint, _reading(model, tokenizer), reference if reward.relative else "")
         point = _taken_over(before.get(key), candidate, reference)
         if point is not None and not raw:
             reward.prepare(model, tokenizer, candidate.name)
@@ -189,6 +189,14 @@ def _how(benchmarks: Benchmarks, reward: dict[str, Any], capability: Capability)
     if benchmarks.limit is not None:
         how["limit"] = benchmarks.limit
     return how
+
+
+def _reading(model: Any, tokenizer: Any) -> str:
+    """What lies between text and a model's weights: vocabulary, chat template, end tokens."""
+    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    about = [vocabulary, str(tokenizer.chat_template), json.dumps(tokenizer.all_special_tokens), str(end)]
+    return hashlib.sha256("\n".join(about).encode()).hexdigest()
 
 
 def _key(benchmarks: Benchmarks, reward: RewardSource, *models: str) -> str:

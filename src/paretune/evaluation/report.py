@@ -16,6 +16,7 @@ from paretune.evaluation.points import Measurement, write_points
 from paretune.evaluation.report_style import LEVELS, STYLE
 from paretune.evaluation.tables import csv_text, markdown
 from paretune.evaluation.wording import (
+    at_equal_length,
     bounds,
     categories,
     control_hypervolume,
@@ -253,18 +254,26 @@ def _change(value: float | None, verdict: str, strongest: float, scale: float, h
 
 
 def _side_effects(front: Frontier) -> str:
-    shown = [p for p in front.points if p.response_length is not None or p.kl is not None]
+    fair = {p.name: said for p in front.points if (said := at_equal_length(p))}
+    shown = [p for p in front.points if p.response_length is not None or p.kl is not None or p.name in fair]
     if not shown:
         return ""
     longest = max((p.response_length or 0.0 for p in shown), default=0.0) or 1.0
     farthest = max((p.kl or 0.0 for p in shown), default=0.0) or 1.0
     rows = [
-        _row(front, p, [_bar(p.response_length, longest, ".1f"), _bar(p.kl, farthest, ".3g")]) for p in shown
+        _row(front, p, [
+            _bar(p.response_length, longest, ".1f"),
+            _bar(p.kl, farthest, ".3g"),
+            *([_text(fair.get(p.name, ("", ""))[0])] if fair else []),
+        ])
+        for p in shown
     ]  # fmt: skip
+    head = ["model", "response length", "KL to the reference", *(["win rate at equal length"] if fair else [])]
+    label = f" Win rate at equal length: {escape(next(iter(fair.values()))[1])}." if fair else ""
     return (
         "<h2>How the answers changed</h2><p class=soft>Mean length of the rewarded answers in tokens, and KL to the "
-        "reference per answer in nats. Reward that comes with longer answers may be length alone.</p>"
-        + _table(["model", "response length", "KL to the reference"], rows, "bars", text=(1, 2))
+        f"reference per answer in nats. Reward that comes with longer answers may be length alone.{label}</p>"
+        + _table(head, rows, "bars", text=(1, 2, 3))
     )
 
 

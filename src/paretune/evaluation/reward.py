@@ -12,8 +12,10 @@ rewards with ``pairwise = True`` compare each answer with another one to the sam
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -125,7 +127,12 @@ def score(answers: Sequence[Generation | Item], reward: Reward, others: Sequence
     metadata = {**reward.record(), "items": len(items), "failed": sum(value is None for value in values)}
     if reward.unit == WIN_RATE and len(items) - metadata["failed"] > 1:
         metadata["length_controlled"] = asdict(
-            length_controlled(values, [len(item.answer) for item in items], [len(item.other or "") for item in items])
+            length_controlled(
+                values,
+                [len(item.answer) for item in items],
+                [len(item.other or "") for item in items],
+                clusters=[_content(item.prompt) for item in items],
+            )
         )
     return Scores(reward.name, reward.unit, [None if v is None else float(v) for v in values], metadata)
 
@@ -146,6 +153,7 @@ class Callback:
     def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
         self.function = function
         self.name = name or str(getattr(function, "__name__", "function"))
+        self.fingerprint = _source(function)
 
     def __call__(self, items: Sequence[Item]) -> list[float | None]:
         completions = [
@@ -156,8 +164,8 @@ class Callback:
         return [value.item() if hasattr(value, "item") else value for value in found]
 
     def record(self) -> dict[str, Any]:
-        """Its name."""
-        return {"reward": self.name, "kind": "function"}
+        """Its name, and a hash of the file that holds it, so that an edited reward is another one."""
+        return {"reward": self.name, "kind": "function", "fingerprint": self.fingerprint}
 
 
 def load_reward(text: str, *, cache: str | os.PathLike[str] | None = None, batch_size: int = 8) -> Reward:
@@ -216,6 +224,15 @@ def _function(text: str) -> Callable[..., Any]:
     if not callable(function):
         raise ArgumentError("reward", text, f"{home} has no function {name}")
     return function
+
+
+def _source(function: Callable[..., Any]) -> str | None:
+    """Hash of the file that defines a function; None where there is none, as for built-in ones."""
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(function)) or ""
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+    except (TypeError, OSError):
+        return None
 
 
 def _items(answers: Sequence[Generation | Item], others: Sequence[Generation] | None) -> list[Item]:

@@ -7,6 +7,8 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from torch import nn
 
 from ..errors import ArgumentError, DataError
 from ..generation import Decoding, Generation, generate
+from ..generation.divergence import answer_tokens, divergence
+from ..generation.local import encode
 from ..generation.prompts import Questions, read_rows
 from .dpo_margin import DPOMargin
 from .measure import Rewarded
@@ -33,6 +37,7 @@ class AnswersReward:
         source: what identifies the reward beyond its record, such as the text of its flag.
         folder: keeps the answers of each model, ``folder/NAME.jsonl``; an interrupted run goes on from them.
         progress: whether to show bars on stderr.
+        kl: whether to measure KL(model ‖ reference) along each model's answers. The reference then stays in memory.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class AnswersReward:
         source: str,
         folder: Path | None = None,
         progress: bool = True,
+        kl: bool = True,
     ) -> None:
         if questions.second:
             raise ArgumentError(
@@ -51,19 +57,26 @@ class AnswersReward:
         self.prompts, self.reward, self.decoding, self.folder = questions.prompts, reward, decoding, folder
         self._progress = progress
         self._reference: list[Generation] | None = None
-        self.relative = reward.pairwise
+        self._kl, self._met = kl, False
+        self._kept: tuple[Any, Any] | None = None  # for the KL: the reference and its tokenizer
+        self.relative = reward.pairwise or kl
         self.record = {
             "source": source,
             "how": reward.record(),
             "unit": reward.unit,
             "prompts": _digest(self.prompts),
             "decoding": {**decoding.record(), "samples": decoding.samples},
+            "kl": kl,
         }
 
     def __call__(self, model: Any, tokenizer: Any, name: str) -> Rewarded:
         """The reward of each answer."""
+        first = not self._met
+        self._meet(model, tokenizer)
+        if not first and self._kept is not None and model is self._kept[0]:
+            mend = "is the reference's own model, changed in place: open the reference apart, or measure without KL"
+            raise ArgumentError("model", name, mend)
         answers = self._answers(model, tokenizer, name)
-        first = self._reference is None
         if first:
             self._reference = answers
         if self.reward.pairwise and first:
@@ -82,12 +95,35 @@ class AnswersReward:
         lengths = [answer.tokens for answer in answers if answer.tokens is not None]
         length = sum(lengths) / len(lengths) if lengths else None
         about = {**found.metadata, "finished": sum(answer.finished for answer in answers) / len(answers)}
-        return Rewarded(items, length, about=about)
+        kl, why_not = self._divergence(model, tokenizer, answers)
+        return Rewarded(items, length, kl, about | ({"kl": why_not} if why_not else {}))
 
     def prepare(self, model: Any, tokenizer: Any, name: str) -> None:
-        """The reference's answers, where its scores were taken over from an earlier run."""
-        if self.reward.pairwise and self._reference is None:
-            self._reference = self._answers(model, tokenizer, name)
+        """The reference itself and its answers, where its scores were taken over from an earlier run."""
+        if not self._met:
+            self._meet(model, tokenizer)
+            self._reference = self._answers(model, tokenizer, name) if self.reward.pairwise else None
+
+    def _meet(self, model: Any, tokenizer: Any) -> None:
+        if not self._met and self._kl:
+            self._kept = model, tokenizer
+        self._met = True
+
+    def _divergence(self, model: Any, tokenizer: Any, answers: list[Generation]) -> tuple[float | None, str]:
+        """Mean KL of an answer, in nats; or None and why."""
+        if self._kept is None:
+            return None, ""
+        reference, its_tokenizer = self._kept
+        if model is reference:
+            return 0.0, ""
+        if tokenizer.get_vocab() != its_tokenizer.get_vocab():
+            return None, "not measured: the reference has another vocabulary"
+        rows = answer_tokens(answers, encode(self.prompts, tokenizer, model, self.decoding), tokenizer)
+        try:
+            each = divergence(model, partial(nullcontext, reference), rows, self.decoding.batch_size)
+        except ValueError as error:  # embeddings padded to other sizes
+            return None, f"not measured: {error}"
+        return sum(each) / len(each), ""
 
     def _answers(self, model: Any, tokenizer: Any, name: str) -> list[Generation]:
         kept = None if self.folder is None else self.folder / f"{file_name(name)}.jsonl"

@@ -20,6 +20,8 @@ def number(value: float, scale: float, sign: bool = False) -> str:
     """
     spec = ".1f" if scale == 100 else ".3g"
     text = f"{value * scale:{'+' if sign else ''}{spec}}"
+    if float(text) == 0:
+        return text.lstrip("+-")  # neither -0.0 nor +0.0
     return text.replace("-", "−")
 
 
@@ -101,6 +103,21 @@ def sentences(front: Frontier) -> list[str]:
     elif front.reference is None:
         said.append("No point is marked as the reference (family “reference”), so there is no tax to report.")
     return said
+
+
+def at_equal_length(point: Measurement) -> tuple[str, str] | None:
+    """A win rate without what length explains, and what it is called; None where `measured.reward` holds none.
+
+    Example:
+        >>> reward = {"length_controlled": {"rate": 51.25, "error": 3.0, "label": "ours"}}
+        >>> at_equal_length(Measurement("a", "x", 0.5, (0, 1), 0.5, (0, 1), measured={"reward": reward}))
+        ('51.2% ± 3.0', 'ours')
+    """
+    reward = point.measured.get("reward")
+    found = reward.get("length_controlled") if isinstance(reward, Mapping) else None
+    if not isinstance(found, Mapping) or not all(isinstance(found.get(k), int | float) for k in ("rate", "error")):
+        return None
+    return f"{found['rate']:.1f}% ± {found['error']:.1f}", printable(plain(found.get("label", "")), 200)
 
 
 def _gain(point: Measurement, scale: float) -> str:

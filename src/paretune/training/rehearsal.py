@@ -143,7 +143,7 @@ def self_prompts(
     if source in NEEDS_SEEDS and not seeds:
         raise ArgumentError("seeds", list(seeds), f"{source} starts from a few dozen prompts: give them")
     template = Template.of(tokenizer)
-    marks = (tokenizer.decode(list(template.before)).strip(), *template.stops)
+    marks = (str(tokenizer.decode(list(template.before))).strip(), *template.stops)
     gathered = _Gathered(source, count, Leakage(preferences) if preferences else None, marks)
     if source == "mutate":
         rng = random.Random(f"{seed}/mutate")
