@@ -53,6 +53,16 @@ def test_the_bootstrap_is_the_one_of_refitted_models() -> None:
     assert again == found
 
 
+def test_samples_of_one_prompt_are_drawn_together() -> None:
+    """Four copies of each item say no more than one."""
+    wins, lengths, others = (values.tolist() for values in data(4, 150))
+    once = length_controlled(wins, lengths, others, bootstraps=300)
+    prompts = [str(i) for i in range(150)] * 4
+    again = length_controlled(wins * 4, lengths * 4, others * 4, clusters=prompts, bootstraps=300)
+    assert again.error == pytest.approx(once.error, rel=1e-3)
+    assert length_controlled(wins * 4, lengths * 4, others * 4, bootstraps=300).error < 0.6 * once.error
+
+
 def test_the_interval_covers() -> None:
     truth, hits = 100 / (1 + np.exp(-0.4)), 0
     for seed in range(200):

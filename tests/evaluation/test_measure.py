@@ -14,7 +14,7 @@ from published_rows import write_jsonl
 from tiny_models import CHAT_TEMPLATE, make_model, make_tokenizer, rows
 
 from paretune.cli.main import main
-from paretune.errors import DataError
+from paretune.errors import ArgumentError, DataError
 from paretune.evaluation.capability import Benchmarks
 from paretune.evaluation.measure import Candidate, Rewarded, measure
 from paretune.evaluation.points import ItemScores, Measurement, read_points
@@ -119,6 +119,76 @@ def test_checkpoints_against_the_reference(here: Path, tmp_path: Path, capsys: p
     written = [json.loads(line) for line in (tmp_path / "items/aligned/say.jsonl").read_text().splitlines()]
     assert [row["score"] for row in written] == list(aligned.capability_items["say"].scores)
     assert sorted(p.name for p in (tmp_path / "answers").iterdir()) == ["aligned.jsonl", "base.jsonl", "sft.jsonl"]
+    assert sft.kl == 0
+    assert aligned.kl == pytest.approx(divergence_by_hand(here, tmp_path / "answers/aligned.jsonl"), rel=1e-4)
+    assert main([*arguments[:-1], *map(str, answers(here)), "--no-kl"]) == 0
+    assert "aligned: " in capsys.readouterr().out
+    assert [point.kl for point in read_points(out)] == [None, None, None]
+
+
+def divergence_by_hand(here: Path, file: Path) -> float:
+    """The definition in double precision, an answer at a time."""
+    from paretune.generation import load as load_model
+    from paretune.generation import read_generations
+
+    (policy, tokenizer), (reference, _) = (load_model(str(here / name)) for name in ("aligned", "sft"))
+    found = []
+    for answer in read_generations(file):
+        start = tokenizer.apply_chat_template(answer.prompt, add_generation_prompt=True, return_dict=False)
+        ids = [*start, *tokenizer(answer.text).input_ids, *([tokenizer.eos_token_id] if answer.finished else [])]
+        with torch.no_grad():
+            p, q = (m(torch.tensor([ids])).logits[0].double().log_softmax(-1) for m in (policy, reference))
+        found.append(float((p.exp() * (p - q))[len(start) - 1 : len(ids) - 1].sum()))
+    assert len({answer.tokens for answer in read_generations(file)}) > 1  # so padding was at work
+    return sum(found) / len(found)
+
+
+def test_a_dialled_reference_is_no_reference_for_kl(here: Path) -> None:
+    """One object dialled in place would be compared with itself: KL 0 without a word."""
+    from paretune.generation import Decoding
+    from paretune.generation.prompts import read_questions
+
+    opens = opened(here / "sft")
+    model, tokenizer = opens()
+    candidates = [Candidate(name, name, lambda: (model, tokenizer)) for name in ("sft", "dialled")]
+    questions = read_questions(here / "prompts.jsonl", chat=True)
+    source = AnswersReward(questions, Longer(), Decoding(3), "longer", progress=False)
+    with pytest.raises(ArgumentError, match="model='dialled': is the reference's own model, changed in place"):
+        measure(candidates, Benchmarks(load(str(here / "suite.yaml"))), source, progress=False)
+
+
+def test_models_of_other_vocabularies_have_no_kl(here: Path) -> None:
+    from paretune.generation import Decoding
+    from paretune.generation.prompts import read_questions
+
+    questions = read_questions(here / "prompts.jsonl", chat=True)
+    source = AnswersReward(questions, Longer(), Decoding(3), "longer", progress=False)
+    (sft, tokenizer), (aligned, more) = opened(here / "sft")(), opened(here / "aligned")()
+    assert source(sft, tokenizer, "sft").kl == 0
+    aligned.resize_token_embeddings(len(tokenizer) + 8)
+    padded = source(aligned, more, "padded")
+    assert (padded.kl, padded.about["kl"][:29]) == (None, "not measured: vocabularies of")
+    more.add_tokens(["unheard"])
+    other = source(aligned, more, "other")
+    assert (other.kl, other.about["kl"]) == (None, "not measured: the reference has another vocabulary")
+
+
+def test_an_edited_reward_or_template_is_another_one(here: Path, tmp_path: Path) -> None:
+    """Taken over is only what was rewarded by the same function and read through the same template."""
+    reward, model, out = tmp_path / "reward.py", tmp_path / "aligned", tmp_path / "points.jsonl"
+    reward.write_text(REWARD)
+    shutil.copytree(here / "aligned", model)
+    full = command(here, out, model, "--prompts", here / "prompts.jsonl", "--reward", f"{reward}:words")
+    full += ["--max-new-tokens", "4"]
+    assert main(full) == 0
+    before = read_points(out)
+    reward.write_text(REWARD.replace("float(", "10 + float("))
+    assert main(full) == 0
+    assert [b.reward - a.reward for a, b in zip(before, read_points(out), strict=True)] == pytest.approx([10, 10])
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text() + "x")
+    assert main(full) == 0
+    assert read_points(out)[1].measured["key"] != before[1].measured["key"]
 
 
 def test_ratios_of_one_loaded_model(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

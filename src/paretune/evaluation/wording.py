@@ -15,8 +15,8 @@ def number(value: float, scale: float, sign: bool = False) -> str:
     """As points of 100 with one decimal where the scale is 100, else with three digits.
 
     Example:
-        >>> number(0.1234, 100), number(0.1234, 1), number(-0.02, 100, sign=True)
-        ('12.3', '0.123', '−2.0')
+        >>> number(0.1234, 100), number(0.1234, 1), number(-0.02, 100, sign=True), number(-1e-9, 100)
+        ('12.3', '0.123', '−2.0', '0.0')
     """
     spec = ".1f" if scale == 100 else ".3g"
     text = f"{value * scale:{'+' if sign else ''}{spec}}"
