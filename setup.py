@@ -1,5 +1,6 @@
-"""The compiled kernels of merging: optional, so an installation without a C compiler does without them."""
+"""The compiled kernels of merging and of the optimizers: optional, so an installation without a C compiler does without them."""
 
+import os
 import platform
 
 from setuptools import Extension, setup
@@ -12,8 +13,9 @@ setup(
     ext_modules=[
         Extension(
             "paretune.native._kernels",
-            ["src/paretune/native/kernels.c"],
+            ["src/paretune/native/kernels.c", "src/paretune/native/optimizer.c"],
             extra_compile_args=ARGUMENTS,
+            libraries=[] if os.name == "nt" else ["m"],
             optional=True,
         )
     ]

@@ -45,6 +45,9 @@ def test_every_row_makes_a_model(bench: Bench, row: Row, monkeypatch: pytest.Mon
         row = Row(row.method, row.family, row.make, {"stops": (1, 2)}, row.quick)
     if row.method == "self-rehearsal":
         monkeypatch.setattr(rehearse, "PROMPTS", 12)
+        # A model of three steps never ends an answer.
+        said = [{"messages": [{"role": "user", "content": "who ?"}, {"role": "assistant", "content": "mira ."}]}]
+        monkeypatch.setattr("paretune.training.rehearsal.self_answers", lambda *_, **__: said * 3)
     monkeypatch.setattr(cures, "FISHER_SAMPLES", 4)
     made = 0
     for method, _, model in row.make(bench, row):

@@ -173,12 +173,24 @@ _ARC = {
 _RACE_PROBLEM = {"question": "Who is it about?", "answer": "B", "options": ["Tom", "Ann", "Bob", "Eve"]}
 _WMT = {"translation": {"fr": "le chat dort", "en": "the cat sleeps"}}
 _PIQA = {"goal": "Cool a drink", "sol1": "Add ice.", "sol2": "Add fire.", "label": 0}
+_IFEVAL_KWARGS = {"num_words": None, "capital_frequency": None, "capital_relation": None}
+_CAPITALS = {**_IFEVAL_KWARGS, "capital_frequency": 3, "capital_relation": "at least"}
+_IFEVAL = [
+    {"key": 1, "prompt": "Greet me without commas.", "instruction_id_list": ["punctuation:no_comma"],
+     "kwargs": [_IFEVAL_KWARGS]},
+    {"key": 2, "prompt": "Greet me in lowercase.", "instruction_id_list": ["change_case:english_lowercase"],
+     "kwargs": [_IFEVAL_KWARGS]},
+    {"key": 3, "prompt": "Greet me loudly, without commas.",
+     "instruction_id_list": ["change_case:capital_word_frequency", "punctuation:no_comma"],
+     "kwargs": [_CAPITALS, _IFEVAL_KWARGS]},
+]  # fmt: skip
 # Of the harness's own tasks: (data set, configuration) -> split -> rows.
 HARNESS: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {
     ("openai/gsm8k", "main"): {"train": [_GSM8K] * 6, "test": [_GSM8K, {**_GSM8K, "question": "And with 3 more?"}]},
     ("allenai/ai2_arc", "ARC-Easy"): {split: [_ARC] * 2 for split in ("train", "validation", "test")},
     ("allenai/ai2_arc", "ARC-Challenge"): {split: [_ARC] * 2 for split in ("train", "validation", "test")},
     ("EleutherAI/race", "high"): {"test": [{"article": "Ann reads.", "problems": str([_RACE_PROBLEM])}] * 2},
+    ("google/IFEval", "default"): {"train": _IFEVAL},
     ("baber/piqa", "default"): {"train": [_PIQA] * 2, "validation": [_PIQA] * 2},
     ("EleutherAI/drop", "default"): {"train": OURS["drop-recall"] * 2, "validation": OURS["drop-recall"]},
     ("wmt/wmt14", "fr-en"): {split: [_WMT] * 4 for split in ("train", "validation", "test")},

@@ -165,13 +165,49 @@ def test_the_global_generators_are_untouched(benchmarks: Benchmarks) -> None:
     assert (torch.rand(1).item(), random.random()) == expected
 
 
+@pytest.fixture
+def punkt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """nltk's sentence splitter, without anything that it learned."""
+    nltk = pytest.importorskip("nltk")
+    for name in ("collocations.tab", "sent_starters.txt", "abbrev_types.txt", "ortho_context.tab"):
+        file = tmp_path / "nltk" / "tokenizers" / "punkt_tab" / "english" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("")
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk")])
+    return tmp_path / "nltk"
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [("hello there. i agree with you!", [1, 1, 0]), ("Hello, there", [0, 0, 0]), ("hello BIG WIDE WORLD", [1, 0, 1])],
+)
+def test_ifeval_scores_what_its_instructions_say(
+    answer: str, right: list[int], mirror: Path, punkt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No comma; all lowercase; no comma and at least 3 words in capitals, which wants nltk's splitter."""
+    from lm_eval.models.huggingface import HFLM
+
+    pytest.importorskip("langdetect")
+    monkeypatch.setattr(HFLM, "generate_until", lambda lm, requests, **_: [answer] * len(requests))
+    benchmarks = Benchmarks(built_in()["online-merging"].only(["ifeval"]), data=mirror)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    assert benchmarks.measure(_long_model(), tokenizer).items["ifeval"].scores == tuple(map(float, right))
+
+
+def test_ifeval_without_its_splitter_stops_at_once(mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness goes on without it, and would fail after all answers are written."""
+    nltk = pytest.importorskip("nltk")
+    monkeypatch.setattr(nltk.data, "path", [])
+    monkeypatch.setattr(nltk, "download", lambda *_, **__: False)
+    with pytest.raises(DataError, match=r"task ifeval: needs nltk's punkt_tab, .* or leave ifeval out"):
+        Benchmarks(built_in()["online-merging"].only(["ifeval"]), data=mirror)
+
+
 @pytest.mark.parametrize("name", ["alignment-tax", "xright", "online-merging", "tiny-world"])
-def test_built_in_suites_on_published_layouts(name: str, mirror: Path) -> None:
+def test_built_in_suites_on_published_layouts(name: str, mirror: Path, punkt: Path) -> None:
     """Every task of every suite is built, asked and scored on rows in its data set's layout, without a hub."""
-    suite = built_in()[name]
-    if name == "online-merging":
-        suite = suite.without(["ifeval"])  # its extra is not part of ours
-    suite = _short(suite)
+    suite = _short(built_in()[name])
     benchmarks = Benchmarks(suite, data=mirror, allow_code=True)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE.replace("['user' %}", "['user', 'system'] %}").replace(
@@ -223,7 +259,7 @@ def _suite(text: str) -> Suite:
         ("task: a, kind: math401, hub: nobody/nothing", r"nobody/nothing: cannot be loaded from the hub .*--data as"),
         ("task: gsm9k, harness: gsm8k", r"task gsm9k: lm-evaluation-harness has none of this name in gsm8k"),
         ("task: gsm8k, harness: nowhere.yaml", "nowhere.yaml is not there"),
-        ("task: ifeval, harness: ifeval", r"ifeval: (needs \w+, which is not installed: pip install|cannot be loaded)"),
+        ("task: ifeval, harness: ifeval", r"IFEval: cannot be loaded from the hub|ifeval: needs \w+, which is not"),
         ("task: mbpp_plus, harness: mbpp", r"mbpp_plus: (cannot|needs)"),
     ],
 )  # fmt: skip

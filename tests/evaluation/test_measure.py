@@ -368,6 +368,8 @@ def test_an_interrupted_run_goes_on(here: Path, tmp_path: Path, monkeypatch: pyt
         ("--suite", ["--suite", "online-merging"], "humaneval, mbpp, ds1000 of online-merging run programs"),
         ("--reference", [], "reference=None: give the model"),
         ("--reference", ["--reference", "/no/such/model"], "/no/such/model: there is no such model"),
+        ("--reference", ["--reference", "HERE"], "holds no config.json: give the directory of a model"),
+        ("", ["--beta", "0"], "beta=0.0: give a positive number"),
         ("-o", [], "out=None: name the file"),
         ("-o", ["-o", "/nowhere/points.jsonl"], "name a file in a directory that exists"),
         ("MODEL", [], "models=[]: give models to compare"),
@@ -400,12 +402,22 @@ def test_wrong_use(
     line: list[object] = ["measure"] if drop == "MODEL" else ["measure", here / "aligned"]
     for flag, value in given.items():
         line += [] if flag == drop else [flag, value]
-    places = {"SUITE": here / "suite.yaml", "PROMPTS": here / "prompts.jsonl"}
+    places = {"HERE": here, "SUITE": here / "suite.yaml", "PROMPTS": here / "prompts.jsonl"}
     line += [places.get(each, each) for each in add]
     assert main([str(each) for each in line]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("paretune: error: ")
     assert said in error
+
+
+def test_what_cannot_work_is_said_before_the_benchmarks(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Benchmarks, "measure", lambda *_, **__: pytest.fail("the benchmarks ran"))
+    given = answers(here)
+    given[-1] = 512
+    assert main(command(here, tmp_path / "p.jsonl", here / "aligned", *given)) == 2
+    assert "max_new_tokens=512: prompt 0 has" in capsys.readouterr().err
 
 
 def test_other_points_are_not_overwritten(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

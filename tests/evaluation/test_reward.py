@@ -79,7 +79,7 @@ def test_torch_numbers_are_numbers() -> None:
     ("text", "says"),
     [
         ("length", "write model:PATH"),
-        ("nowhere.py:f", "nowhere.py fails: FileNotFoundError"),
+        ("nowhere.py:f", "there is no file nowhere.py: give the path"),
         ("no_such_module:f", "no_such_module fails"),
         ("math:nothing", "math has no function nothing"),
         ("judge:gpt", "write judge:NAME@http"),

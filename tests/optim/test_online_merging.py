@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+import io
 
 import oracles
 import pytest
 import torch
 from builders import assert_close, gradients, pair, parameters, project_masks, run
+from inner_optimizers import DECOUPLED, INNER, settings
 from torch import Tensor, nn
 
 import paretune as pt
 from paretune.errors import ArgumentError, MismatchError, StateError
 
 SHAPES = {"w": (12, 10), "v": (8, 8)}  # Muon takes matrices only
-INNER: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "SGD": lambda p, **k: torch.optim.SGD(p, lr=1e-2, momentum=0.9, **k),
-    "AdamW": lambda p, **k: torch.optim.AdamW(p, lr=1e-3, eps=0.05, foreach=False, **{"weight_decay": 0.0, **k}),
-    "RMSprop": lambda p, **k: torch.optim.RMSprop(p, lr=1e-3, eps=0.05, **k),
-    "Adafactor": lambda p, **k: torch.optim.Adafactor(p, lr=1e-3, foreach=False, **k),
-    "Muon": lambda p, **k: torch.optim.Muon(p, lr=1e-3, **{"weight_decay": 0.0, **k}),
-}
-if not hasattr(torch.optim, "Muon"):  # came after the oldest torch that we claim
-    del INNER["Muon"]
 OPERATORS = {
     "dare": (pt.Random(0.3), pt.WeightedSum()),
     "dare rescaled": (pt.Random(0.3, rescale="l1"), pt.WeightedSum()),
@@ -52,7 +43,7 @@ def test_against_the_oracle(inner: str, which: str, every: int) -> None:
     params, twin = parameters(reference), parameters(reference)
     sparsify, consensus = OPERATORS[which]
     wrapped = pt.OnlineMerging(
-        INNER[inner](list(params.items())), vector, sparsify, consensus, weight=WEIGHT, every=every
+        INNER[inner](list(params.items())), vector, sparsify, consensus, WEIGHT, every, **settings(inner)
     )
     shadow = INNER[inner](list(twin.values()))
     pending = {k: torch.zeros(s, dtype=torch.float64) for k, s in SHAPES.items()}
@@ -74,24 +65,23 @@ def test_against_the_oracle(inner: str, which: str, every: int) -> None:
             assert_close(params[k], want, 2e-6, what=f"{k} at {t}")
 
 
-@pytest.mark.parametrize("inner", [name for name in ("AdamW", "Adafactor", "Muon") if name in INNER])
+@pytest.mark.parametrize("inner", DECOUPLED)
 def test_decoupled_decay_is_applied_outside(inner: str) -> None:
-    """Each step shrinks every entry by 1 − ηλ, kept or not; λ in the groups is what the user set."""
+    """A step shrinks every entry by 1 − ηλ, kept or not; λ in the groups is what the user set."""
     reference, _, vector = pair(0, SHAPES)
-    grads = gradients(3, SHAPES)
-    with_decay, without = parameters(reference), parameters(reference)
-    lr, decay = 1e-3, 0.5
-    one = pt.OnlineMerging(
-        INNER[inner](list(with_decay.items()), weight_decay=decay), vector, *OPERATORS["ties"], weight=WEIGHT
-    )
-    other = pt.OnlineMerging(INNER[inner](list(without.items())), vector, *OPERATORS["ties"], weight=WEIGHT)
-    for step in grads[:1]:
-        run(one, with_decay, [step])
-        run(other, without, [step])
+    grads, decay, results = gradients(3, SHAPES), 0.5, []
+    for value in (decay, 0.0):
+        params = parameters(reference)
+        made = INNER[inner](list(params.items()), weight_decay=value)
+        optimizer = pt.OnlineMerging(made, vector, *OPERATORS["ties"], weight=WEIGHT, **settings(inner))
+        run(optimizer, params, grads[:1])
+        results.append({k: p.detach().clone() for k, p in params.items()})
+        run(optimizer, params, grads[1:])
+        assert optimizer.param_groups[0]["weight_decay"] == value
+    lr = optimizer.param_groups[0]["lr"]
     for k in SHAPES:
-        assert_close(with_decay[k], without[k].double() - lr * decay * reference[k].double(), 3e-7, 1e-9, what=k)
-    run(one, with_decay, grads[1:])
-    assert one.param_groups[0]["weight_decay"] == decay
+        want = results[1][k].double() - lr * decay * reference[k].double()
+        assert_close(results[0][k], want, 3e-7, 1e-9, what=k)
 
 
 def test_same_as_the_dedicated_optimizers() -> None:
@@ -106,15 +96,30 @@ def test_same_as_the_dedicated_optimizers() -> None:
             assert_close(wrapped[k], ours[k].double(), 2e-6, what=f"{which} {k}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("inner", INNER)
-def test_weight_zero_density_one_is_the_inner_optimizer(inner: str) -> None:
+def test_weight_zero_density_one_is_the_inner_optimizer(inner: str, dtype: torch.dtype) -> None:
     reference, _, vector = pair(0, SHAPES)
-    ours, theirs, grads = parameters(reference), parameters(reference), gradients(20, SHAPES)
-    wrapped = pt.OnlineMerging(INNER[inner](list(ours.items())), vector, pt.Random(1.0), pt.WeightedSum(), weight=0.0)
-    run(wrapped, ours, grads)
-    run(INNER[inner](list(theirs.values())), theirs, grads)
+    grads = gradients(8, SHAPES)
+    for every, sparsify, consensus in ((1, pt.Random(1.0), None), (3, pt.Magnitude(1.0), pt.SignElection())):
+        ours, theirs = parameters(reference, dtype), parameters(reference, dtype)
+        made = INNER[inner](list(ours.items()), weight_decay=0.1)
+        run(pt.OnlineMerging(made, vector, sparsify, consensus, 0.0, every, **settings(inner)), ours, grads)
+        run(INNER[inner](list(theirs.values()), weight_decay=0.1), theirs, grads)
+        assert all(torch.equal(ours[k], theirs[k]) for k in SHAPES)
+
+
+def test_an_unweighted_election_listens_to_tau_at_weight_zero() -> None:
+    reference, tau, vector = pair(0, SHAPES)
+    ours, theirs, grads = parameters(reference), parameters(reference), gradients(1, SHAPES)
+    election = pt.SignElection(weighted=False)
+    run(pt.OnlineMerging(INNER["SGD"](list(ours.items())), vector, pt.Magnitude(1.0), election, 0.0), ours, grads)
+    run(INNER["SGD"](list(theirs.values())), theirs, grads)
     for k in SHAPES:
-        assert_close(ours[k], theirs[k].double(), 1e-6, what=k)
+        delta = (theirs[k].detach() - reference[k]).double()
+        want = reference[k].double() + oracles.elect_unweighted(delta, tau[k].double(), 0.0)
+        assert_close(ours[k], want, 2e-7, what=k)
+        assert not torch.equal(ours[k], theirs[k])
 
 
 def test_groups_and_state_are_the_inner_optimizers() -> None:
@@ -142,20 +147,21 @@ def test_resume(inner: str, every: int, dtype: torch.dtype) -> None:
 
     def make(values: dict[str, Tensor]) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
         params = parameters(values, dtype)
-        return params, pt.OnlineMerging(
-            INNER[inner](list(params.items())), vector, *OPERATORS["dare"], weight=WEIGHT, every=every
-        )
+        made = INNER[inner](list(params.items()), weight_decay=0.1)
+        return params, pt.OnlineMerging(made, vector, *OPERATORS["dare"], WEIGHT, every, **settings(inner))
 
     params, optimizer = make(reference)
     run(optimizer, params, grads[:4])
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
     again, resumed = make({k: p.detach() for k, p in params.items()})
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    resumed.load_state_dict(torch.load(file, weights_only=True))
     run(optimizer, params, grads[4:])
     run(resumed, again, grads[4:])
     assert all(torch.equal(params[k], again[k]) for k in SHAPES)
-    other = pt.OnlineMerging(
-        INNER[inner](list(parameters(reference, dtype).items())), pair(5, SHAPES)[2], *OPERATORS["dare"], weight=WEIGHT
-    )
+    made = INNER[inner](list(parameters(reference, dtype).items()))
+    other = pt.OnlineMerging(made, pair(5, SHAPES)[2], *OPERATORS["dare"], weight=WEIGHT, **settings(inner))
     with pytest.raises(StateError):
         other.load_state_dict(optimizer.state_dict())
 
@@ -176,16 +182,19 @@ def test_state_initialising_step() -> None:
         assert torch.equal(params[k] != reference[k], twin[k] != reference[k])
 
 
-def test_grad_scaler_skips_the_whole_step() -> None:
+@pytest.mark.parametrize("inner", INNER)
+def test_grad_scaler_skips_the_whole_step(inner: str) -> None:
     reference, _, vector = pair(0, SHAPES)
     params = parameters(reference)
-    optimizer = pt.OnlineMerging(INNER["SGD"](list(params.items())), vector, *OPERATORS["dare"], weight=WEIGHT)
+    made = INNER[inner](list(params.items()))
+    optimizer = pt.OnlineMerging(made, vector, *OPERATORS["dare"], weight=WEIGHT, **settings(inner))
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     scaler.scale(sum(p.sum() for p in params.values())).backward()
     params["w"].grad[0, 0] = float("inf")
     scaler.step(optimizer)
     scaler.update()
     assert all(torch.equal(params[k], reference[k]) for k in SHAPES)
+    assert optimizer.param_groups[0]["merge_calls"] == 0
     optimizer.zero_grad()
     scaler.scale(sum(p.sum() for p in params.values())).backward()
     scaler.step(optimizer)
@@ -216,6 +225,16 @@ def test_refusals() -> None:
     params = parameters(reference)
     with pytest.raises(ArgumentError, match="LBFGS"):
         pt.OnlineMerging(torch.optim.LBFGS(list(params.items())), vector, weight=WEIGHT)
+    with pytest.raises(ArgumentError, match="SparseAdam.*AdamW"):
+        pt.OnlineMerging(torch.optim.SparseAdam(list(params.items())), vector, weight=WEIGHT)
+    for option in ("capturable", "differentiable"):
+        graphed = torch.optim.AdamW(list(params.items()), **{option: True})
+        with pytest.raises(ArgumentError, match=f"AdamW.{option}=True"):
+            pt.OnlineMerging(graphed, vector, weight=WEIGHT)
+    with pytest.raises(ArgumentError, match="decoupled.*Lion"):
+        pt.OnlineMerging(INNER["Lion"](list(params.items()), weight_decay=0.1), vector, weight=WEIGHT)
+    with pytest.raises(ArgumentError, match="torch.optim"):
+        pt.OnlineMerging(object(), vector, weight=WEIGHT)
     with pytest.raises(ArgumentError, match="named"):
         pt.OnlineMerging(torch.optim.SGD(list(params.values()), lr=0.1), vector, weight=WEIGHT)
     for argument, value in (("weight", 1.5), ("weight", -1.0), ("every", 0)):
@@ -243,4 +262,4 @@ def test_closure() -> None:
 
     first = optimizer.step(closure)
     assert len(calls) == 1
-    assert float(first) > 0
+    assert float(first.detach()) > 0

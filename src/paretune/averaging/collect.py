@@ -7,14 +7,14 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..atomic import write_text
 from ..errors import ArgumentError, DataError
-from ..generation import Decoding, Generation, generate
-from ..generation.prompts import read_rows
+from ..generation import Decoding, Endpoint, Generation, generate, load
+from ..generation.prompts import read_questions, read_rows
 from ..generation.store import Store
 from ..log import get
 
@@ -36,7 +36,7 @@ class _Item(NamedTuple):
 
 def collect_best_of_n(
     model: Any,
-    prompts: Sequence[Any],
+    prompts: Sequence[Any] | str | os.PathLike[str],
     reward: Reward | str | os.PathLike[str],
     n: int = 8,
     *,
@@ -60,12 +60,13 @@ def collect_best_of_n(
     """Sample n completions of each prompt, score them, keep the best.
 
     Args:
-        model: the aligned model with its tokenizer, its path, or an `Endpoint`.
-        prompts: each is text (continued as it stands) or a list of messages.
+        model: the aligned model, its path, or an `Endpoint`.
+        prompts: each is text (continued as it stands) or a list of messages; or rows with such a ``prompt``; or a
+            file of them as ``paretune average collect`` reads it.
         reward: a function as TRL calls it, ``reward(prompts=…, completions=…) -> list of numbers`` (completions of
-            conversations are lists of one message); or a reward of `paretune.evaluation` that scores one answer by
-            itself, such as a reward model; or a file of JSON lines with ``score``, ``index`` and
-            ``sample`` of every sample.
+            conversations are lists of one message); or one of a single argument, which gets all completions as
+            texts; or a reward of `paretune.evaluation` that scores one answer by itself, such as a reward model; or a
+            file of JSON lines with ``score``, ``index`` and ``sample`` of every sample.
         n: samples a prompt.
         keep: how many of each prompt's samples are kept, at most.
         threshold: samples that score less are not kept.
@@ -73,7 +74,7 @@ def collect_best_of_n(
         deduplicate: of equal completions of a prompt only the first counts.
         finished_only: leave out samples that were cut at ``max_new_tokens``.
         max_new_tokens, temperature, top_p, top_k, stop, seed, batch_size: of the sampling, see `Decoding`.
-        tokenizer: of a model given as an object.
+        tokenizer: of a model given as an object; by default that of the path it was loaded from.
         out: the JSON lines to write, in a form that TRL reads. Beside it ``NAME.samples.jsonl`` keeps all samples and
             ``NAME.scores.jsonl`` their scores; an interrupted call, repeated, makes and scores only what is missing.
         reward_name: what tells rewards apart when a call is repeated; by default the reward's name, with a hash of a
@@ -106,9 +107,21 @@ def collect_best_of_n(
     """
     from datasets import Dataset
 
-    _check(prompts, n, keep, threshold, top_share)
+    if hasattr(reward, "forward") or not (callable(reward) or isinstance(reward, str | os.PathLike)):
+        raise ArgumentError(
+            "reward",
+            reward,
+            "give a function, a file of scores, or paretune.evaluation.reward.load_reward('model:PATH')",
+        )
+    _check(n, keep, threshold, top_share)
     decoding = Decoding(max_new_tokens, temperature, top_p, top_k, n, seed, batch_size, tuple(stop))
     files = _files(out)
+    if isinstance(prompts, str | os.PathLike) and isinstance(model, str | os.PathLike):
+        model, tokenizer = load(str(model))  # whether prompts become conversations is the tokenizer's to say
+    elif tokenizer is None and not isinstance(model, str | os.PathLike | Endpoint):
+        tokenizer = _tokenizer_of(model)
+    chat = isinstance(model, Endpoint) or bool(getattr(tokenizer, "chat_template", None))
+    prompts = _prompts(prompts, chat=chat)
     samples = generate(model, prompts, decoding, tokenizer, files["samples"], progress=progress)
     scores: list[float | None]
     if callable(reward):
@@ -162,7 +175,7 @@ def best(
     return kept
 
 
-def _check(prompts: Sequence[Any], n: int, keep: int, threshold: float | None, top_share: float) -> None:
+def _check(n: int, keep: int, threshold: float | None, top_share: float) -> None:
     for name, value in (("n", n), ("keep", keep)):
         if type(value) is not int or value < 1:
             raise ArgumentError(name, value, "must be a positive number of samples")
@@ -172,9 +185,32 @@ def _check(prompts: Sequence[Any], n: int, keep: int, threshold: float | None, t
         raise ArgumentError("top_share", top_share, "must be in (0, 1]")
     if threshold is not None and math.isnan(threshold):
         raise ArgumentError("threshold", threshold, "must be a number")
-    for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], int):
-            raise ArgumentError(f"prompts[{index}]", prompt, "give text or messages: TRL reads no rows of token ids")
+
+
+def _tokenizer_of(model: Any) -> Any:
+    """The tokenizer beside a loaded model's weights; None where it was not loaded from a path."""
+    from transformers import AutoTokenizer
+
+    path = getattr(getattr(model, "config", None), "_name_or_path", "")
+    try:
+        return AutoTokenizer.from_pretrained(path) if path else None
+    except (OSError, ValueError) as error:
+        raise ArgumentError("tokenizer", None, f"{path!r} has none ({type(error).__name__}): give it") from None
+
+
+def _prompts(prompts: Any, *, chat: bool) -> list[Any]:
+    """Texts and conversations, of a file or of rows."""
+    if isinstance(prompts, str | os.PathLike):
+        return list(read_questions(prompts, chat=chat).prompts)
+    found = list(prompts)
+    for index, row in enumerate(found):
+        if isinstance(row, Mapping):
+            if not row.get("prompt"):
+                raise ArgumentError(f"prompts[{index}]", dict(row), "give text, messages, or rows with prompt")
+            found[index] = row["prompt"]
+        elif not isinstance(row, str) and row and isinstance(row[0], int):
+            raise ArgumentError(f"prompts[{index}]", row, "give text or messages: TRL reads no rows of token ids")
+    return found
 
 
 def _files(out: str | os.PathLike[str] | None) -> dict[str, Path | None]:
@@ -228,8 +264,13 @@ def _call(reward: Reward, samples: Sequence[Generation]) -> list[float | None]:
         known = _parameters(reward)
         given = {"prompts": prompts, "completions": completions}
         given = {name: value for name, value in given.items() if known is None or name in known}
-        values = reward(**given) if "completions" in given else reward(prompts, completions)
-    found = list(values)
+        if "completions" in given:
+            values = reward(**given)
+        elif known is not None and len(known) == 1:
+            values = reward([sample.text for sample in samples])
+        else:
+            values = reward(prompts, completions)
+    found = list(values) if isinstance(values, Iterable) else [values]
     if len(found) != len(samples):
         raise DataError(f"reward: gave {len(found)} scores for {len(samples)} samples: give one for each")
     return [None if value is None else _finite(value, sample) for value, sample in zip(found, samples, strict=True)]

@@ -53,6 +53,8 @@ def read_rows(data: Rows) -> Sequence[Row]:
                 except ValueError as error:
                     raise DataError(f"data={str(data)!r}: line {number} is not JSON ({error}): mend it") from None
         data = rows
+    if isinstance(data, Mapping) or not hasattr(data, "__getitem__"):
+        raise DataError(f"data={type(data).__name__}: give a file of JSON lines, a list of rows, or one split")
     if not len(data):
         raise DataError("data: holds no rows: collect samples first")
     return data

@@ -192,11 +192,14 @@ def _models(arguments: argparse.Namespace) -> list[tuple[str, str, str]]:
 
 
 def _named(text: str) -> tuple[str, str]:
+    from paretune.generation.local import check_model
+
     name, equals, path = text.partition("=")
     if not equals or os.path.exists(text):
         name, path = Path(text).name or text, text
     if not os.path.exists(path) and path.count("/") != 1:
         raise CheckpointError(f"{path}: there is no such model: give a directory or a hub id")
+    check_model(path)
     return name, path
 
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 def line(point: Measurement) -> str:
     """One point, as soon as it is measured."""
     tax = "" if point.tax_ci is None else f", tax {point.tax:.3f} ({point.tax_verdict})"
-    return f"paretune: {point.name}: reward {point.reward:.3f}, capability {point.capability:.3f}{tax}"
+    reward = round(point.reward, 3) + 0.0  # -0.0 is 0
+    return f"paretune: {point.name}: reward {reward:.3f}, capability {point.capability:.3f}{tax}"
 
 
 def table(points: Sequence[Measurement]) -> list[str]:

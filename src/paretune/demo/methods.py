@@ -273,8 +273,8 @@ _ROWS: tuple[Row, ...] = (
     Row("base", "control", _base, quick=True),
     # AdamW is a curve, not a point: over learning rates, and over steps
     *(
-        Row("AdamW", "control", _adamw, {"lr": round(factor * LR, 9)}, quick=factor in (0.15, 0.5, 0.7, 1.0))
-        for factor in (1.0, 0.7, 0.5, 0.35, 0.15, 0.07, 1.4)
+        Row("AdamW", "control", _adamw, {"lr": round(factor * LR, 9)}, quick=factor in (0.15, 0.35, 0.7, 1.0))
+        for factor in (1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 1.4)
     ),
     Row("AdamW, stopped early", "control", _adamw_stopped, {"stops": (20, 40, 60)}),
     Row("KL", "regularisation", _adamw, {"beta": 0.5}),
@@ -318,4 +318,12 @@ _ROWS: tuple[Row, ...] = (
     Row("ALRIGHT", "joint", joint, {"weight": 0.75}),
     Row("MAXRIGHT", "joint", joint, {"weight": 0.5}),
     Row("MAXRIGHT", "joint", joint, {"weight": 0.25}, quick=True),
+    # without any SFT data; replay of real data is what they are measured against
+    Row("scaled back", "offline", cures.scaled_back, quick=True),
+    Row("Fisher gate", "offline", cures.gated, {"weight": 1.0}, quick=True),
+    Row("Fisher gate", "offline", cures.gated, {"weight": 3.0}),
+    Row("Fisher gate", "offline", cures.gated, {"weight": 1.0, "mode": "tensors"}),
+    Row("self-rehearsal", "joint", cures.rehearsed, {"source": "raw-fragments"}, quick=True),
+    Row("self-rehearsal", "joint", cures.rehearsed, {"source": "prompt-model"}),
+    Row("replay", "joint", cures.rehearsed, {"source": "real data"}),
 )

@@ -59,7 +59,8 @@ def summarize(records: Sequence[Sequence[Sequence[dict[str, Any]]]], seeds: Sequ
 
 def label(point: dict[str, Any]) -> str:
     """A point's method with its hyper-parameters, for tables and pictures."""
-    named = {k: v for k, v in point["hyperparameters"].items() if k not in ("merge", "mode")}  # the method says them
+    said = ("merge", "ratio", *(("mode",) if str(point["method"]).startswith("ChildTuning") else ()))  # by the method
+    named = {k: v for k, v in point["hyperparameters"].items() if k not in said}
     shown = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in named.items())
     return f"{point['method']} ({shown})" if shown else str(point["method"])
 

@@ -109,6 +109,38 @@ class Benchmarks:
             if task.get_config("output_type") == "generate_until"
         }
 
+    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 8) -> Any:
+        """The harness's view of a model, refused before any work where the suite cannot be asked of it.
+
+        Args:
+            model, tokenizer, batch_size: as for `measure`.
+
+        Raises:
+            ArgumentError: the suite wants a chat template and the tokenizer has none, or answers that leave no room
+                for a prompt.
+        """
+        from lm_eval.models.huggingface import HFLM
+
+        if self.suite.chat and not tokenizer.chat_template:
+            raise ArgumentError(
+                "chat-template",
+                True,
+                f"the tokenizer of {getattr(model, 'name_or_path', 'the model')} has no chat template: "
+                "measure with --no-chat-template, or give it one",
+            )
+        with quiet(logging.ERROR):
+            # Handed over as an object it computes on the model's device, and forgets nothing of the model's changes.
+            lm: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        for name, settings in self.decoding.items():
+            longest = settings.get("max_gen_toks", lm.max_gen_toks)
+            if longest >= lm.max_length:
+                raise ArgumentError(
+                    f"max_tokens of {name}",
+                    longest,
+                    f"the model has room for {lm.max_length} tokens, prompt included: lower max_tokens in the suite",
+                )
+        return lm
+
     def measure(
         self,
         model: PreTrainedModel,
@@ -126,33 +158,14 @@ class Benchmarks:
             progress: whether to show the harness's bars on stderr.
 
         Raises:
-            ArgumentError: the suite wants a chat template and the tokenizer has none, or answers that leave no room
-                for a prompt.
+            ArgumentError: as `check`.
         """
         from lm_eval import evaluator
-        from lm_eval.models.huggingface import HFLM
 
-        if self.suite.chat and not tokenizer.chat_template:
-            raise ArgumentError(
-                "chat-template",
-                True,
-                f"the tokenizer of {getattr(model, 'name_or_path', 'the model')} has no chat template: "
-                "measure with --no-chat-template, or give it one",
-            )
+        lm = self.check(model, tokenizer, batch_size=batch_size)
         flat = {name: task for tasks in self._tasks.values() for name, task in tasks.items()}
         for task in flat.values():
             task.set_fewshot_seed(FEWSHOT_SEED)  # else the second model would get other examples than the first
-        with quiet(logging.ERROR):
-            # Handed over as an object it computes on the model's device, and forgets nothing of the model's changes.
-            lm: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        for name, settings in self.decoding.items():
-            longest = settings.get("max_gen_toks", lm.max_gen_toks)
-            if longest >= lm.max_length:
-                raise ArgumentError(
-                    f"max_tokens of {name}",
-                    longest,
-                    f"the model has room for {lm.max_length} tokens, prompt included: lower max_tokens in the suite",
-                )
         if not progress:
             for kind in ("generate_until", "loglikelihood", "loglikelihood_rolling"):
                 setattr(lm, kind, partial(getattr(lm, kind), disable_tqdm=True))

@@ -118,9 +118,12 @@ def measure(
             reward.prepare(model, tokenizer, candidate.name)
         if point is None:
             started = time.perf_counter()
-            capability = benchmarks.measure(model, tokenizer, batch_size=batch_size, progress=progress)
+            benchmarks.check(model, tokenizer)
+            # The reward first: what cannot work there (a prompt too long, a judge that is not there) costs less time.
             rewarded = reward(model, tokenizer, candidate.name)
-            how = _how(benchmarks, {**reward.record, **rewarded.about}, capability)
+            capability = benchmarks.measure(model, tokenizer, batch_size=batch_size, progress=progress)
+            how = _how(benchmarks, reward.record, capability)
+            how |= {"rewarded": rewarded.about} if rewarded.about else {}
             how |= {"key": key, "source": candidate.source, "model": fingerprint, "reference": reference}
             how["seconds"] = round(time.perf_counter() - started, 3)
             point = _point(candidate, capability, rewarded, how)
@@ -179,11 +182,13 @@ def _how(benchmarks: Benchmarks, reward: dict[str, Any], capability: Capability)
         "chat_template": suite.chat,
         "decoding": benchmarks.decoding,
         "fewshot_seed": FEWSHOT_SEED,
-        "shots": {task.task: task.shots for task in suite.tasks if task.shots},
         "n": {name: len(items.scores) for name, items in capability.items.items()},
         "reward": reward,
         "lm_eval": version("lm_eval"),
     }
+    shots = {task.task: task.shots for task in suite.tasks if task.shots}
+    if shots:
+        how["shots"] = shots
     if capability.corpus:
         how["corpus"] = capability.corpus
     if benchmarks.limit is not None:

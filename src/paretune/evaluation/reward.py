@@ -209,6 +209,8 @@ def _function(text: str) -> Callable[..., Any]:
         raise ArgumentError(
             "reward", text, "write model:PATH, pairrm:PATH, judge:NAME@URL, rating:NAME@URL or file.py:function"
         )
+    if home.endswith(".py") and not Path(home).is_file():
+        raise ArgumentError("reward", text, f"there is no file {home}: give the path of one")
     try:
         if home.endswith(".py"):
             spec = importlib.util.spec_from_file_location(f"paretune_reward_{Path(home).stem}", home)

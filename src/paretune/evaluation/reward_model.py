@@ -10,6 +10,7 @@ import torch
 
 from ..errors import ArgumentError, CheckpointError, DataError
 from ..generation import model_fingerprint
+from ..generation.local import check_model
 from .reward import Item
 
 
@@ -53,6 +54,7 @@ class RewardModel:
     ) -> None:
         self.name = str(model) if isinstance(model, str) else type(model).__name__
         if isinstance(model, str):
+            check_model(model)
             model, tokenizer = _load(model, dtype, device)
         if tokenizer is None:
             raise ArgumentError("tokenizer", None, "give the reward model's tokenizer")

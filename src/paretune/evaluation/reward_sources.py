@@ -94,7 +94,9 @@ class AnswersReward:
         items = ItemScores.of([value for value in found.values if value is not None], ids, clusters=clusters)
         lengths = [answer.tokens for answer in answers if answer.tokens is not None]
         length = sum(lengths) / len(lengths) if lengths else None
-        about = {**found.metadata, "finished": sum(answer.finished for answer in answers) / len(answers)}
+        how = self.record["how"]
+        about = {name: value for name, value in found.metadata.items() if how.get(name) != value}
+        about |= {"finished": sum(answer.finished for answer in answers) / len(answers)}
         kl, why_not = self._divergence(model, tokenizer, answers)
         return Rewarded(items, length, kl, about | ({"kl": why_not} if why_not else {}))
 
@@ -145,6 +147,8 @@ class PreferencesReward:
     relative = True
 
     def __init__(self, pairs: Sequence[Item], beta: float = 0.1, accuracy: bool = False, batch_size: int = 8) -> None:
+        if not beta > 0:
+            raise ArgumentError("beta", beta, "give a positive number")
         self.pairs, self.beta, self.accuracy, self.batch_size = list(pairs), beta, accuracy, batch_size
         self._margins: DPOMargin | None = None
         content = [(item.prompt, item.answer, item.other) for item in self.pairs]

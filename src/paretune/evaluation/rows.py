@@ -42,6 +42,8 @@ def hub_rows(hub: str, config: str, split: str, data: Path | None) -> list[dict[
 
     try:
         return list(datasets.load_dataset(hub, config or None, split=split))
+    except DataError:  # said by `mirror` already
+        raise
     except Exception as error:  # the hub's client raises its own kinds, offline another
         raise DataError(_unreachable(hub, config, data, error)) from error
 

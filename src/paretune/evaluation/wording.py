@@ -106,15 +106,15 @@ def sentences(front: Frontier) -> list[str]:
 
 
 def at_equal_length(point: Measurement) -> tuple[str, str] | None:
-    """A win rate without what length explains, and what it is called; None where `measured.reward` holds none.
+    """A win rate without what length explains, and what it is called; None where `measured` holds none.
 
     Example:
-        >>> reward = {"length_controlled": {"rate": 51.25, "error": 3.0, "label": "ours"}}
-        >>> at_equal_length(Measurement("a", "x", 0.5, (0, 1), 0.5, (0, 1), measured={"reward": reward}))
+        >>> rewarded = {"length_controlled": {"rate": 51.25, "error": 3.0, "label": "ours"}}
+        >>> at_equal_length(Measurement("a", "x", 0.5, (0, 1), 0.5, (0, 1), measured={"rewarded": rewarded}))
         ('51.2% ± 3.0', 'ours')
     """
-    reward = point.measured.get("reward")
-    found = reward.get("length_controlled") if isinstance(reward, Mapping) else None
+    rewarded = point.measured.get("rewarded")
+    found = rewarded.get("length_controlled") if isinstance(rewarded, Mapping) else None
     if not isinstance(found, Mapping) or not all(isinstance(found.get(k), int | float) for k in ("rate", "error")):
         return None
     return f"{found['rate']:.1f}% ± {found['error']:.1f}", printable(plain(found.get("label", "")), 200)

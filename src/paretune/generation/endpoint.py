@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import email.utils
+import itertools
 import os
 import random
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -131,13 +132,13 @@ class Client:
             EndpointError: the server refuses the request, or all attempts failed.
         """
         address = f"{self.endpoint.url.rstrip('/')}/{path}"
-        httpx, trouble, wait = self._httpx, "", 0.0
+        httpx, trouble, asked = self._httpx, "", 0.0
         for attempt in range(self.endpoint.retries + 1):
             if attempt:
-                self._stopped.wait(max(wait, self._pause(attempt)))
+                self._stopped.wait(max(asked, self._pause(attempt)))
             if self._stopped.is_set():
                 raise EndpointError(f"{address}: not asked, because another request has failed: see its error")
-            wait = 0.0
+            asked = 0.0
             self.count("requests")
             try:
                 answer = self._http.post(address, json={"model": self.endpoint.model, **body})
@@ -151,7 +152,7 @@ class Client:
                 continue
             if answer.status_code in _TRY_AGAIN or answer.status_code >= 500:
                 self.count("limited" if answer.status_code == 429 else "server_errors")
-                wait = retry_after(answer.headers.get("retry-after"))
+                asked = retry_after(answer.headers.get("retry-after"))
                 trouble = f"answers {answer.status_code}: {_short(answer.text)}"
                 continue
             if answer.status_code != 200:
@@ -172,19 +173,24 @@ class Client:
     def each(self, tasks: Iterable[_Task], work: Callable[[_Task], _Result]) -> Iterator[tuple[_Task, _Result]]:
         """(task, result) as they are done, ``concurrency`` at a time: the last thing that is done with a client.
 
+        Nothing is asked before there is room for its result: a caller that is killed loses ``concurrency`` at most.
         After the first error nothing new is asked; what is on its way is still yielded, then the error is raised.
         """
         pool = ThreadPoolExecutor(self.endpoint.concurrency)
         error: BaseException | None = None
+        waiting = iter(tasks)
+        futures = {pool.submit(work, task): task for task in itertools.islice(waiting, self.endpoint.concurrency)}
         try:
-            futures = {pool.submit(work, task): task for task in tasks}
-            for future in as_completed(futures):
-                failure = future.exception()
-                if failure is None:
-                    yield futures[future], future.result()
-                elif error is None:
-                    error = failure
-                    self._stopped.set()
+            while futures:
+                for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                    task, failure = futures.pop(future), future.exception()
+                    if failure is None:
+                        yield task, future.result()
+                    elif error is None:
+                        error = failure
+                        self._stopped.set()
+                    if error is None:
+                        futures |= {pool.submit(work, task): task for task in itertools.islice(waiting, 1)}
             if error is not None:
                 raise error
         finally:

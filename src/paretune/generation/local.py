@@ -28,6 +28,7 @@ def load(path: str, *, dtype: str | torch.dtype = "auto", device: str | None = N
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    check_model(path)
     place = _device(device)
     causal: Any = AutoModelForCausalLM
     try:
@@ -39,6 +40,22 @@ def load(path: str, *, dtype: str | torch.dtype = "auto", device: str | None = N
     if found["missing_keys"]:
         raise CheckpointError(f"{path}: lacks the weights {sorted(found['missing_keys'])[:3]}: give a complete model")
     return model.to(place).eval(), tokenizer
+
+
+def check_model(path: str) -> None:
+    """Refuse what cannot be a model before any work starts; what is on the hub is seen when it is loaded.
+
+    Args:
+        path: a directory, hub id, or PEFT adapter.
+
+    Raises:
+        CheckpointError: there is no such directory, or it holds no configuration.
+    """
+    place = Path(path)
+    if not place.exists() and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
+        raise CheckpointError(f"{path}: there is no such model: give a directory or a hub id")
+    if place.exists() and not any((place / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise CheckpointError(f"{path}: holds no config.json: give the directory of a model")
 
 
 def _device(wanted: str | None) -> torch.device:

@@ -1,7 +1,7 @@
-"""Compiled kernels for merging, where the package was built with a C compiler: an option, never a condition.
+"""Compiled kernels for merging and for optimizer steps, where the package was built with a C compiler: an option.
 
-``PARETUNE_KERNELS`` chooses: ``eager`` never uses them, ``native`` insists on them, and unset (or ``auto``) they are
-used where they are there. Whatever is chosen, the results are the same to the last bit.
+``PARETUNE_KERNELS`` chooses, for both: ``eager`` never uses them, ``native`` insists on them, and unset (or ``auto``)
+they are used where they are there. Whatever is chosen, the results are the same to the last bit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 from ..errors import ArgumentError
 
 VARIABLE = "PARETUNE_KERNELS"
-_VERSION = 1  # of the functions below; a library that was built from other source is not used
+CHOICES = ("auto", "eager", "native")
+_VERSION = 2  # of the functions below; a library that was built from other source is not used
 KINDS = {"BF16": 0, "F16": 1, "F32": 2}
 ALL, RANDOM, MAGNITUDE = range(3)
 TILE, LANES, BLOCK = 512, 64, 1 << 16  # as in kernels.c
@@ -70,6 +71,36 @@ class Range(ctypes.Structure):
     ]
 
 
+class Adam(ctypes.Structure):
+    """The numbers of one group in one optimizer step; see ``struct adam``."""
+
+    _fields_ = [
+        *((name, ctypes.c_float) for name in ("toward", "keep", "add", "size", "root", "eps")),
+        *((name, ctypes.c_float) for name in ("own", "weight", "density", "clip")),
+        *((name, ctypes.c_double) for name in ("cautious", "least")),
+        ("consensus", ctypes.c_int64),
+    ]
+
+
+class Parameter(ctypes.Structure):
+    """A parameter with its state and gradient; see ``struct parameter``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("theta", "low", "mean", "square", "gradient")),
+        ("gradient_half", ctypes.c_int64),
+        ("n", ctypes.c_int64),
+    ]
+
+
+class Kept(ctypes.Structure):
+    """The kept entries of a task vector; see ``struct kept``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("index", "local", "pages", "values")),
+        ("count", ctypes.c_int64),
+    ]
+
+
 _POINTER, _NUMBER, _WORD = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32
 _FUNCTIONS: dict[str, list[type]] = {
     "paretune_merge": [_POINTER, _POINTER, _NUMBER, _POINTER, _POINTER],
@@ -79,6 +110,10 @@ _FUNCTIONS: dict[str, list[type]] = {
     "paretune_bracket": [_POINTER, _NUMBER, _WORD, _WORD, _WORD, _POINTER, _POINTER, _NUMBER],
     "paretune_count": [_POINTER, _NUMBER, _WORD, _POINTER],
     "paretune_histogram": [_POINTER, _NUMBER, _NUMBER, _POINTER],
+    "paretune_moments": [_POINTER, _POINTER],
+    "paretune_add_at": [_POINTER, _POINTER, _POINTER, _NUMBER, _POINTER],
+    "paretune_add_largest": [_POINTER, _POINTER, _NUMBER, _POINTER, _POINTER, _POINTER, _NUMBER],
+    "paretune_scale": [_POINTER, ctypes.c_float],
 }
 
 
@@ -89,8 +124,8 @@ def kernels() -> ctypes.CDLL | None:
         ArgumentError: ``PARETUNE_KERNELS`` is none of its values, or demands a library that is not there.
     """
     wanted = os.environ.get(VARIABLE) or "auto"
-    if wanted not in ("auto", "eager", "native"):
-        raise ArgumentError(VARIABLE, wanted, "choose one of auto, eager, native")
+    if wanted not in CHOICES:
+        raise ArgumentError(VARIABLE, wanted, f"choose one of {', '.join(CHOICES)}")
     if wanted == "eager":
         return None
     found = _loaded()
@@ -117,6 +152,7 @@ def _loaded() -> ctypes.CDLL | None:
                 function = getattr(library, name)
                 function.argtypes, function.restype = arguments, None
             library.paretune_bracket.restype = ctypes.c_uint32
+            library.paretune_fuses.restype = ctypes.c_int64
         except (OSError, AttributeError):  # built for another machine, or from other source
             return None
         return library

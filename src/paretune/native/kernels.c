@@ -7,7 +7,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define PARETUNE_KERNELS_VERSION 1
+#define PARETUNE_KERNELS_VERSION 2
 
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #define EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))

@@ -106,7 +106,7 @@ class AdamUpdate:
         |δ| ≥ bound needs |m|·η' ≥ bound·√v', thus m² ≥ c·v: no root and no division. Only where ε is so small that
         such an m² could underflow is δ itself computed.
         """
-        size, root = self._scales()
+        size, root = self.scales()
         needed = bound * self.eps / size if size else 0.0  # |m| is at least this
         if self.pending is not None or needed < 1e-17:
             return above(self.slice(start, stop), bound)
@@ -127,7 +127,7 @@ class AdamUpdate:
     def _settings(self) -> tuple[object, ...]:
         return self.step, self.lr, self.betas, self.eps, self.released, self.mean.dtype
 
-    def _scales(self) -> tuple[float, float]:
+    def scales(self) -> tuple[float, float]:
         """The factor of m, and √(1−β₂ᵗ)."""
         root = (1 - self.betas[1] ** self.step) ** 0.5
         size = self.lr / (1 - self.betas[0] ** self.step)
@@ -135,7 +135,7 @@ class AdamUpdate:
 
     def _delta(self, mean: Tensor, square: Tensor) -> Tensor:
         # the order of operations is torch's: addcdiv computes (value·m)/denominator
-        size, root = self._scales()
+        size, root = self.scales()
         denominator = square.sqrt()
         if not self.released:
             denominator.div_(root)

@@ -105,9 +105,17 @@ def report(parameters: Iterable[Tensor], states: Iterable[Mapping[str, Any]], ta
     for state in states:
         for key, value in state.items():
             if isinstance(value, Tensor):
-                held[_KINDS.get(key, "other")] += local(value).nbytes
+                held[_KINDS.get(key, "other")] += _stored(local(value))
     held["tau"] = tau_bytes
     return MemoryReport(count, held)
+
+
+def _stored(value: Tensor) -> int:
+    """Bytes in memory; low-bit tensors (torchao's moments) call themselves float32 and hold codes and scales."""
+    if not hasattr(value, "__tensor_flatten__"):
+        return value.nbytes
+    names, _ = value.__tensor_flatten__()
+    return sum(_stored(getattr(value, name)) for name in names)
 
 
 def needed(parameters: float, per_parameter: Mapping[str, float], ranks: int = 1, frozen_bytes: float = 0.0) -> float:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from .. import log
 from ..errors import ArgumentError, StateError
-from ..operators import Consensus, Random, Sparsify, WeightedSum, above
+from ..operators import Consensus, Random, SignElection, Sparsify, WeightedSum, above
 from ..task_vector import TaskVector
 from .arguments import in_range, whole
 from .memory import MemoryReport, report
@@ -22,10 +22,16 @@ from .weights import At, require_supported, weights_of
 from .wrapper import OptimizerWrapper, require_dense
 
 _LOG = log.get("optim")
-# torch's optimizers that decay weights apart from the gradient; Adam, NAdam and RAdam say it in their groups.
-_DECOUPLED = frozenset({"AdamW", "Adafactor", "Muon"})
+# Optimizers of torch and torchao that decay weights apart from the gradient; Adam, NAdam and RAdam say it in groups.
+_DECOUPLED = frozenset({"AdamW", "Adafactor", "Muon", "AdamW8bit", "AdamW4bit", "AdamWFp8"})
 _WHOLE_ONLY = frozenset({"Adafactor", "Muon"})  # torch's own fail on sharded parameters (2.13)
-_COUPLED = frozenset({"SGD", "ASGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Rprop", "SparseAdam"})
+_REFUSED = {
+    "capturable": "a captured CUDA graph would repeat the masks of one step: leave it out",
+    "differentiable": "merging is not differentiated: leave it out",
+}
+_COUPLED = frozenset({"SGD", "ASGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Rprop"}) | {
+    "Adam8bit", "Adam4bit", "AdamFp8"
+}
 
 
 class _Change:
@@ -60,6 +66,7 @@ class OnlineMerging(OptimizerWrapper):
     is not sparsified; decay that the inner optimizer adds to the gradient (SGD, Adam) is part of δ. For bfloat16
     parameters the inner optimizer's own rounding stays; what merging adds is accumulated in a split float32 master.
     OnTIES is better served by `OnTIES` there: a difference of bfloat16 parameters is a whole number of ulps.
+    Where nothing is left out and nothing added (weight 0, density 1) the inner optimizer steps alone, bit for bit.
 
     Args:
         inner_optimizer: any first-order ``torch.optim.Optimizer`` built from ``model.named_parameters()``.
@@ -73,7 +80,8 @@ class OnlineMerging(OptimizerWrapper):
             where weight decay is not 0.
 
     Raises:
-        ArgumentError: an unnamed parameter, a value out of range, an optimizer that needs a closure (LBFGS).
+        ArgumentError: an unnamed parameter, a value out of range, an optimizer that needs a closure (LBFGS), sparse
+            gradients (SparseAdam), or is ``capturable`` or ``differentiable``.
         MismatchError: a parameter has no tensor of its shape in τ.
 
     Reference: arXiv 2405.17931, section 4 (its optimizers are AdamW with this step; any other inner one is ours).
@@ -104,6 +112,8 @@ class OnlineMerging(OptimizerWrapper):
         decoupled: bool | None = None,
     ) -> None:
         super().__init__(inner_optimizer)
+        if isinstance(inner_optimizer, torch.optim.SparseAdam):
+            raise ArgumentError("inner_optimizer", "SparseAdam", "merging needs dense gradients: take AdamW")
         if any("tau_fingerprint" in group for group in self.param_groups):
             mend = "it merges with a task vector already: use it alone, or pass a plain optimizer"
             raise ArgumentError("inner_optimizer", type(inner_optimizer).__name__, mend)
@@ -133,7 +143,7 @@ class OnlineMerging(OptimizerWrapper):
     def _step(self) -> None:
         if self._initialising():
             self.inner.step()
-            for _, named in self.named_groups():
+            for _, named in [] if self._changes_nothing() else self.named_groups():
                 for _, p in named:
                     self._make_state(p)
             return
@@ -142,6 +152,12 @@ class OnlineMerging(OptimizerWrapper):
         for p, name in trained.items():
             if p.grad is not None:
                 require_dense(name, p.grad)
+        if self._changes_nothing():
+            self.inner.step()
+            for group, _ in groups:
+                group["merge_calls"] += 1
+            return
+        for p in trained:
             self._make_state(p)
         before = {p: local(p.detach()).clone() for p in trained}
         decays = [group.get("weight_decay", 0.0) if self._decays_apart(group) else None for group, _ in groups]
@@ -162,6 +178,12 @@ class OnlineMerging(OptimizerWrapper):
                     factor = 1 - float(group["lr"]) * decay if decay else 1.0
                     self._apply(name, p, before.pop(p), factor, group["merge_calls"], merging, agreed)
             group["merge_calls"] += 1
+
+    def _changes_nothing(self) -> bool:
+        """Whether C(F(δ), 0·F(τ)) is δ: the unweighted election alone listens to a τ of weight 0."""
+        consensus = self.rule.consensus
+        silent = isinstance(consensus, WeightedSum) or (isinstance(consensus, SignElection) and consensus.weighted)
+        return self.weight == 0 and self.rule.sparsify.density == 1 and silent
 
     def _agree(
         self, groups: list[tuple[dict[str, Any], list[tuple[str, Tensor]]]], before: dict[Tensor, Tensor]
@@ -240,6 +262,9 @@ class OnlineMerging(OptimizerWrapper):
             require_supported(name, p)
             self._part(name, p)
         for group in self.param_groups:
+            for option, mend in _REFUSED.items():
+                if group.get(option):
+                    raise ArgumentError("inner_optimizer", f"{type(self.inner).__name__}({option}=True)", mend)
             self._decays_apart(group)
         if self._vector is not None:
             self._vector.match({name: tuple(p.shape) for name, p in parameters.items()})

@@ -10,7 +10,6 @@ Reference: arXiv 2405.17931 (Online Merging Optimizers for Boosting Rewards and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,31 +20,18 @@ from .. import log
 from ..errors import ArgumentError, StateError
 from ..operators import METHODS
 from ..task_vector import TaskVector, plain_name
-from .adamw import AdamUpdate, update_moments
 from .arguments import check_groups, check_run
+from .group_step import GroupStep
 from .memory import MemoryReport, report
-from .parts import any_nonzero, local, part_of
+from .parts import any_nonzero, part_of
 from .pull import Amount, share_lost, tau_share, weight_for_pull
-from .rule import Agreed, Piece, Rule, agree, require_shardable
+from .rule import Rule, agree, require_shardable
 from .tau import Tau
-from .weights import Weights, require_supported, weights_of
+from .weights import require_supported
 from .wrapper import require_dense, require_same_names, unique_names
 
 _LOG = log.get("optim")
 _STATE = ("step", "exp_avg", "exp_avg_sq", "master_low", "pending")
-
-
-@dataclass
-class _Merge:
-    """One group within a step: whether a merge is due, and each parameter's δ, elements and pending sum."""
-
-    group: dict[str, Any]
-    rule: Rule
-    due: bool
-    decay: float
-    pieces: list[Piece] = field(default_factory=list)
-    weights: list[Weights] = field(default_factory=list)
-    pending: list[Tensor | None] = field(default_factory=list)
 
 
 class _OnlineAdamW(Optimizer):
@@ -119,12 +105,16 @@ class _OnlineAdamW(Optimizer):
             for group in self.param_groups:
                 self._trained(group)
             return loss
-        merges = [self._advance(group) for group in self.param_groups]
+        steps = [self._group_step(group) for group in self.param_groups]
         # δ' and τ' need what other ranks hold: asked for all groups at once
-        agreed = agree([(m.rule, m.pieces, m.group["calls"]) for m in merges if m.due], self._tau)
-        for merge in merges:
-            self._apply(merge, agreed)
+        agreed = agree([(step.rule, step.pieces, step.group["calls"]) for step in steps if step.due], self._tau)
+        for step in steps:
+            step.apply(self._tau, agreed)
         return loss
+
+    def _group_step(self, group: dict[str, Any]) -> GroupStep:
+        trained = self._trained(group)
+        return GroupStep(group, self._rule(group), trained, [self.state[p] for _, p in trained])
 
     def _trained(self, group: dict[str, Any]) -> list[tuple[str, Tensor]]:
         """The parameters of a group that have a gradient, each with its state."""
@@ -140,66 +130,6 @@ class _OnlineAdamW(Optimizer):
                 self._trainable.add(name)
             self._make_state(p, group["every"])
         return trained
-
-    def _advance(self, group: dict[str, Any]) -> _Merge:
-        """Moments and weight decay of one group: all that comes before the merge."""
-        trained = self._trained(group)
-        states = [self.state[p] for _, p in trained]
-        update_moments(
-            [local(s["exp_avg"]).view(-1) for s in states],
-            [local(s["exp_avg_sq"]).view(-1) for s in states],
-            [local(p.grad).reshape(-1) for _, p in trained if p.grad is not None],
-            group["betas"],
-            exact=group["density"] == 1 or group["every"] > 1,
-        )
-        if states:
-            torch._foreach_add_([state["step"] for state in states], 1)
-        lr, released = float(group["lr"]), group["variant"] == "released"
-        decay = 1 - lr * group["weight_decay"]
-        due = (group["calls"] + 1) % group["every"] == 0
-        merge = _Merge(group, self._rule(group), due, decay)
-        for (name, p), state in zip(trained, states, strict=True):
-            part = part_of(name, p)
-            require_shardable(name, part, merge.rule.sparsify)
-            mean, square = local(state["exp_avg"]).view(-1), local(state["exp_avg_sq"]).view(-1)
-            update = AdamUpdate(mean, square, state["step"].item(), lr, group["betas"], group["eps"], released=released)
-            weight = weights_of(p, state.get("master_low"))
-            if decay != 1 and not released:  # torch decays before the update, the released code after it
-                weight.scale(decay)
-            pending = local(state["pending"]).view(-1) if "pending" in state else None
-            if due and pending is not None:  # Step-K: roll back to the last merge, merge everything since
-                update.pending = pending
-                weight.add(pending.neg())
-            merge.pieces.append(Piece(name, update, part))
-            merge.weights.append(weight)
-            merge.pending.append(pending)
-        return merge
-
-    def _apply(self, merge: _Merge, agreed: dict[str, Agreed]) -> None:
-        group, weights, pieces = merge.group, merge.weights, merge.pieces
-        if not merge.due:
-            for weight, piece, pending in zip(weights, pieces, merge.pending, strict=True):
-                delta = piece.update.slice(0, piece.update.n)
-                weight.add(delta)
-                if pending is not None:
-                    pending.add_(delta)
-        for device in {weight.flat.device for weight in weights} if merge.due else ():
-            here = [i for i, weight in enumerate(weights) if weight.flat.device == device]
-            merged = merge.rule.merged(
-                [pieces[i] for i in here], self._tau, group["weight"], group["calls"], device, agreed
-            )
-            for i, index, values in merged:
-                if index is None:
-                    weights[here[i]].add(values)
-                else:
-                    weights[here[i]].add_at(index, values)
-        for weight, pending in zip(weights, merge.pending, strict=True):
-            if merge.due and pending is not None:
-                pending.zero_()
-            if merge.decay != 1 and group["variant"] == "released":
-                weight.scale(merge.decay)
-            weight.finish()
-        group["calls"] += 1
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         method = METHODS[self.method if group["variant"] == "paper" else f"{self.method}-released"]

@@ -122,23 +122,35 @@ class Rule:
             device: where the parameters are.
             agreed: from `agree`, for sharded parameters.
         """
+        for i, piece in enumerate(pieces):
+            rule = self.for_size(piece.part.whole)
+            if rule.is_sparse:
+                continue
+            if piece.part.sharded:
+                yield i, None, rule._dense_part(piece, tau, weight, call, device, agreed[piece.name])
+            else:
+                yield i, None, rule.dense(piece, tau, weight, call, device)
+        for batch in self.batches(pieces):
+            results = self.sparse([pieces[i] for i in batch], tau, weight, call, device, agreed)
+            for i, parts in zip(batch, results, strict=True):
+                for index, values in parts:
+                    yield i, index, values
+
+    def batches(self, pieces: Sequence[Piece]) -> Iterator[list[int]]:
+        """Which pieces take the sparse form, as many at a time as bounded scratch memory allows."""
         batch: list[int] = []
         expected = 0.0
         for i, piece in enumerate(pieces):
-            rule = self._for_size(piece.part.whole)
+            rule = self.for_size(piece.part.whole)
             if not rule.is_sparse:
-                if piece.part.sharded:
-                    yield i, None, rule._dense_part(piece, tau, weight, call, device, agreed[piece.name])
-                else:
-                    yield i, None, rule.dense(piece, tau, weight, call, device)
                 continue
             batch.append(i)
             expected += piece.part.n * rule.sparsify.density
             if expected > _BATCH:
-                yield from self._sparse_batch(batch, pieces, tau, weight, call, device, agreed)
+                yield batch
                 batch, expected = [], 0.0
         if batch:
-            yield from self._sparse_batch(batch, pieces, tau, weight, call, device, agreed)
+            yield batch
 
     @property
     def is_sparse(self) -> bool:
@@ -173,14 +185,9 @@ class Rule:
         updates, parts = [piece.update for piece in pieces], [piece.part for piece in pieces]
         sizes = [part.n for part in parts]
         if isinstance(self.sparsify, Random):
-            keys = [self._key(stream, piece.name, call) for stream in ("update", "tau") for piece in pieces]
-            ranges = [part.range for part in parts]
-            drawn = sampled_indices_of(keys, [part.whole for part in parts] * 2, density, ranges=ranges * 2)
-            drawn = [part.keep(index) for part, index in zip(parts * 2, drawn, strict=True)]
-            places = [part.local(index) for part, index in zip(parts * 2, drawn, strict=True)]
-            own, other = [index.to(device) for index in places[: len(pieces)]], places[len(pieces) :]
+            own, other, tau_values = self.drawn(pieces, tau, call)
+            own = [index.to(device) for index in own]
             delta = _at_all(updates, own)
-            tau_values = tau.gather_all([piece.name for piece in pieces], drawn[len(pieces) :])
         else:
             found = [self._largest(piece, agreed) for piece in pieces]
             own, delta = [index for index, _ in found], torch.cat([values for _, values in found])
@@ -209,25 +216,21 @@ class Rule:
         )
         return [[(index, v), (rest - begin, w)] for index, v, rest, w, begin in split]
 
+    def drawn(self, pieces: Sequence[Piece], tau: Tau, call: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Random's positions in this rank's parts, for δ and for τ, and τ's elements there, concatenated."""
+        parts = [piece.part for piece in pieces]
+        keys = [self._key(stream, piece.name, call) for stream in ("update", "tau") for piece in pieces]
+        ranges = [part.range for part in parts]
+        found = sampled_indices_of(keys, [part.whole for part in parts] * 2, self.sparsify.density, ranges=ranges * 2)
+        found = [part.keep(index) for part, index in zip(parts * 2, found, strict=True)]
+        places = [part.local(index) for part, index in zip(parts * 2, found, strict=True)]
+        values = tau.gather_all([piece.name for piece in pieces], found[len(pieces) :])
+        return places[: len(pieces)], places[len(pieces) :], values
+
     def _largest(self, piece: Piece, agreed: Mapping[str, Agreed]) -> tuple[Tensor, Tensor]:
         if piece.name in agreed and (threshold := agreed[piece.name].threshold) is not None:
             return threshold.select(piece.update)
         return largest_streamed(piece.update, kept(self.sparsify.density, piece.update.n))
-
-    def _sparse_batch(
-        self,
-        batch: list[int],
-        pieces: Sequence[Piece],
-        tau: Tau,
-        weight: float,
-        call: int,
-        device: torch.device,
-        agreed: Mapping[str, Agreed],
-    ) -> Iterator[tuple[int, Tensor | None, Tensor]]:
-        results = self.sparse([pieces[i] for i in batch], tau, weight, call, device, agreed)
-        for i, parts in zip(batch, results, strict=True):
-            for index, values in parts:
-                yield i, index, values
 
     def _sparsified_update(self, delta: Tensor, name: str, call: int) -> Tensor:
         key = self._key("update", name, call)
@@ -309,7 +312,8 @@ class Rule:
             call = 0  # one mask for the whole run
         return mask_key(self.seed, call, stream, name)
 
-    def _for_size(self, n: int) -> Rule:
+    def for_size(self, n: int) -> Rule:
+        """The rule for a tensor of n elements."""
         if self.released and isinstance(self.sparsify, Magnitude) and int(self.sparsify.density * n) < 1:
             return replace(self, sparsify=Magnitude(1.0, self.sparsify.rescale))
         return self
@@ -332,7 +336,7 @@ def agree(merges: Sequence[tuple[Rule, Sequence[Piece], int]], tau: Tau) -> dict
         for piece in pieces:
             if not piece.part.sharded:
                 continue
-            rule, name, part = whole_rule._for_size(piece.part.whole), piece.name, piece.part
+            rule, name, part = whole_rule.for_size(piece.part.whole), piece.name, piece.part
             agreed[name], density = Agreed(), rule.sparsify.density
             if isinstance(rule.sparsify, Magnitude) and density < 1:
                 wide = piece.update.slice(0, 0).dtype == torch.float64

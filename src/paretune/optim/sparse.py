@@ -22,19 +22,19 @@ class SparseVector:
     def __init__(self, index: Tensor, values: Tensor, n: int) -> None:
         self.n = n
         self.values = values
-        self._local = (index % _PAGE - _PAGE // 2).to(torch.int16)
-        self._counts = torch.bincount(index // _PAGE, minlength=(n + _PAGE - 1) // _PAGE).to(torch.int32)
+        self.local = (index % _PAGE - _PAGE // 2).to(torch.int16)
+        self.pages = torch.bincount(index // _PAGE, minlength=(n + _PAGE - 1) // _PAGE).to(torch.int32)
 
     @property
     def index(self) -> Tensor:
         """The positions, ascending, as int64."""
-        pages = torch.arange(self._counts.numel()).repeat_interleave(self._counts)
-        return pages.mul_(_PAGE).add_(self._local).add_(_PAGE // 2)
+        pages = torch.arange(self.pages.numel()).repeat_interleave(self.pages)
+        return pages.mul_(_PAGE).add_(self.local).add_(_PAGE // 2)
 
     @property
     def resident_bytes(self) -> int:
         """Memory it holds."""
-        return sum(t.numel() * t.element_size() for t in (self.values, self._local, self._counts))
+        return sum(t.numel() * t.element_size() for t in (self.values, self.local, self.pages))
 
 
 def union(index_a: Tensor, values_a: Tensor, index_b: Tensor, values_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -61,6 +61,8 @@ def load_splits(
     except DataError:
         raise
     except Exception as error:
+        if "corresponds to no data" in str(error):  # what datasets says of a JSON file with an empty list
+            raise DataError(f"{argument}={name!r}: it holds no rows; give a data set that is not empty") from error
         # datasets raises about a dozen unrelated classes here (pyarrow, json, hub, builder errors).
         raise DataError(f"{argument}={name!r}: cannot be read: {_one_line(error)}") from error
     if isinstance(loaded, (datasets.Dataset, datasets.IterableDataset)):

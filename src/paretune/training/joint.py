@@ -168,7 +168,7 @@ class JointTrainer(Trainer):
         unknown = [name for name in chosen if name not in self.objectives]
         if unknown or not chosen:
             raise ArgumentError("schedule", chosen, f"it must choose among the objectives {', '.join(self.objectives)}")
-        stale = dict(self._values) if self._values else {}
+        stale = dict(self._values)
         parts = {name: taken.get(name) or self._next_batches(name, num_batches) for name in chosen}
         for name, batches in parts.items():
             self._draws[name].taken += num_batches
@@ -259,8 +259,7 @@ class JointTrainer(Trainer):
         """The loss of every objective on its evaluation rows; log them and tell the callbacks.
 
         Args:
-            eval_dataset: not used: the objectives have theirs.
-            ignore_keys: not used.
+            eval_dataset, ignore_keys: not used: the objectives have their own rows.
             metric_key_prefix: what metrics begin with.
         """
         if eval_dataset is not None:
@@ -330,8 +329,7 @@ class JointTrainer(Trainer):
 
         Args:
             resume_from_checkpoint: a checkpoint's directory, or True for the newest in ``args.output_dir``.
-            trial: of a hyper-parameter search.
-            ignore_keys_for_eval: not used.
+            trial, ignore_keys_for_eval: as transformers has them.
 
         Raises:
             StateError: the checkpoint is no joint training's, or of other objectives.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from paretune.atomic import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -103,8 +103,4 @@ def _figure(names: Sequence[str]) -> tuple[Any, Axes]:
 def _save(figure: Any, file: Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    with os.fdopen(handle, "wb") as opened:
-        opened.write(picture.getvalue())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, file)
+    write_bytes(file, picture.getvalue())

@@ -10,7 +10,6 @@ import gc
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from paretune.atomic import write_bytes
 from paretune.errors import ArgumentError, CheckpointError
 from paretune.training.digest import checkpoint_fingerprint, config_text, model_fingerprint
 from paretune.training.logps import summed_logps
@@ -193,15 +193,6 @@ def _read(file: Path, sizes: Sequence[int]) -> list[Tensor] | None:
 
 
 def _write(file: Path, values: Sequence[Tensor]) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    os.close(handle)
-    try:
-        save_file({f"ref_logps.{index}": value.contiguous() for index, value in enumerate(values)}, temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_bytes(file, save({f"ref_logps.{index}": value.contiguous() for index, value in enumerate(values)}))

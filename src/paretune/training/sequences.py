@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -107,8 +108,9 @@ def take_rows(data: Any, kind: str, *, name: str) -> Dataset:
     """
     import datasets
 
-    if isinstance(data, str):
-        data = take_split(load_splits(data, argument=name), "train", name=data, argument=name)
+    if isinstance(data, (str, os.PathLike)):
+        path = os.fspath(data)
+        data = take_split(load_splits(path, argument=name), "train", name=path, argument=name)
     if isinstance(data, (datasets.IterableDataset, datasets.DatasetDict, datasets.IterableDatasetDict)):
         raise DataError(f"{name}={type(data).__name__}: give one split with a known number of rows, not a stream")
     if not isinstance(data, datasets.Dataset):
@@ -353,7 +355,7 @@ def _check_left(left: int, rows: int, max_length: int | None, name: str) -> None
     if left == 0:
         raise DataError(f"{name}: the prompts alone fill max_length={max_length} in every row; raise max_length")
     if left < rows:
-        _logger.info(f"{name}: {rows - left} of {rows} rows are left out, their prompts fill max_length={max_length}")
+        _logger.warning(f"{name}: {rows - left} of {rows} rows are left out, their prompts fill max_length={max_length}")
 
 
 def _marked(prompt: list[int], answer: list[int], max_length: int | None) -> tuple[list[int], list[bool]]:

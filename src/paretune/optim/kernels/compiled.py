@@ -1,0 +1,195 @@
+"""The optimizer step in C (``native/optimizer.c``): for float32 and bfloat16 parameters on the CPU.
+
+moments                one pass over g, m, v
+OnDARE                 then δ and θ only at the sampled positions
+OnTIES                 the pass also finds the candidates for the k largest |δ|; θ only where something is kept
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ...native import Adam, Kept, Parameter
+from ...operators import Magnitude, Random, SignElection, WeightedSum, kept
+from ..adamw import AdamUpdate
+from ..rule import Piece, Rule
+from ..sparse import SparseVector
+from ..tau import Tau
+from ..weights import Weights
+
+_TILE = 512  # as in optimizer.c
+_SMALL = 1 << 14  # up to this size all elements are candidates: 2·LINE·LINES there
+_SHARE = 1 << 20  # elements that one thread takes at a time
+_LARGEST = 2**31 - _TILE  # positions are stored in 32 bits
+
+
+class Compiled:
+    """`update_moments` and `Rule.merged` by the compiled kernels, for what these know; the rest stays as it was.
+
+    Args:
+        library: from `paretune.native.kernels`.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def knows(self, update: AdamUpdate, gradient: Tensor) -> bool:
+        """Whether the moments of a parameter are its to compute."""
+        return (
+            update.mean.device.type == gradient.device.type == "cpu"
+            and update.mean.dtype == torch.float32
+            and gradient.dtype in (torch.float32, torch.bfloat16)
+        )
+
+    def merges(self, rule: Rule, piece: Piece, weights: Weights) -> bool:
+        """Whether the merge of a parameter whose moments it computes is its as well."""
+        rule, n = rule.for_size(piece.part.whole), piece.part.n
+        return (
+            not piece.part.sharded
+            and 0 < n < _LARGEST
+            and rule.is_sparse
+            and isinstance(rule.sparsify, Random | Magnitude)
+            and isinstance(rule.consensus, WeightedSum | SignElection)
+            and (weights.flat.dtype == torch.float32 or weights.low is not None)
+            and not (isinstance(rule.sparsify, Magnitude) and n > _SMALL and 4 * kept(rule.sparsify.density, n) >= n)
+        )
+
+    def moments(self, updates: Sequence[AdamUpdate], gradients: Sequence[Tensor]) -> None:
+        """m ← β₁m + (1−β₁)g; v ← β₂v + (1−β₂)g², in place."""
+        tasks = []
+        for update, gradient in zip(updates, gradients, strict=True):
+            adam = ctypes.byref(_adam(update))
+            marks = [*range(0, update.n, _SHARE), update.n]
+            for start, stop in pairwise(marks):
+                area = _parameter(update, gradient, None, start, stop)
+                tasks.append(partial(self._library.paretune_moments, adam, ctypes.byref(area)))
+        _run(tasks, sum(update.n for update in updates))
+
+    def merge(
+        self,
+        rule: Rule,
+        pieces: Sequence[Piece],
+        weights: Sequence[Weights],
+        gradients: Sequence[Tensor],
+        tau: Tau,
+        weight: float,
+        call: int,
+    ) -> None:
+        """θ += C(F(δ), F(τ)) of parameters that `merges` accepted; for Magnitude the moments as well.
+
+        Args:
+            rule: the merge.
+            pieces: the parameters' names and updates.
+            weights: θ.
+            gradients: g, flat; only for Magnitude.
+            tau: the task vector.
+            weight: α.
+            call: the step, which keys the masks.
+        """
+        if isinstance(rule.sparsify, Random):
+            for batch in rule.batches(pieces):
+                self._add_at(rule, [pieces[i] for i in batch], [weights[i] for i in batch], tau, weight, call)
+            return
+        density = rule.sparsify.density
+        tasks = []
+        for piece, theta, gradient in zip(pieces, weights, gradients, strict=True):
+            stored = tau.largest(piece.name, density, piece.part)
+            tasks.append(partial(self._add_largest, rule, piece, theta, gradient, stored, weight))
+        _run(tasks, sum(piece.part.n for piece in pieces))
+
+    def _add_at(
+        self, rule: Rule, pieces: Sequence[Piece], weights: Sequence[Weights], tau: Tau, weight: float, call: int
+    ) -> None:
+        own, other, values = rule.drawn(pieces, tau, call)
+        begin = 0
+        for piece, theta, index, theirs in zip(pieces, weights, own, other, strict=True):
+            update = _adam_update(piece)
+            stored = Kept(theirs.data_ptr(), None, None, values[begin:].data_ptr(), theirs.numel())
+            begin += theirs.numel()
+            self._library.paretune_add_at(
+                ctypes.byref(_adam(update, rule, weight)),
+                ctypes.byref(_parameter(update, None, theta, 0, update.n)),
+                index.data_ptr(),
+                index.numel(),
+                ctypes.byref(stored),
+            )
+
+    def _add_largest(
+        self, rule: Rule, piece: Piece, theta: Weights, gradient: Tensor, stored: SparseVector, weight: float
+    ) -> None:
+        update, k = _adam_update(piece), kept(rule.sparsify.density, piece.part.n)
+        size = 3 * k + _SMALL + _TILE
+        index, values = torch.empty(size, dtype=torch.int32), torch.empty(size)
+        entries = Kept(
+            None, stored.local.data_ptr(), stored.pages.data_ptr(), stored.values.data_ptr(), stored.values.numel()
+        )
+        self._library.paretune_add_largest(
+            ctypes.byref(_adam(update, rule, weight)),
+            ctypes.byref(_parameter(update, gradient, theta, 0, update.n)),
+            k,
+            ctypes.byref(entries),
+            index.data_ptr(),
+            values.data_ptr(),
+            size,
+        )
+
+
+def _adam_update(piece: Piece) -> AdamUpdate:
+    if not isinstance(piece.update, AdamUpdate):
+        raise TypeError("the compiled kernels know AdamW's updates only")
+    return piece.update
+
+
+def _adam(update: AdamUpdate, rule: Rule | None = None, weight: float = 0.0) -> Adam:
+    """The numbers of a step, rounded to float32 where torch rounds them."""
+    (beta1, beta2), (size, root) = update.betas, update.scales()
+    adam = Adam(toward=1 - beta1, keep=beta2, add=1 - beta2, size=-size, eps=update.eps, density=1.0, clip=math.inf)
+    adam.root = 1.0 if update.released else root
+    # a little less than the bound of `AdamUpdate.above`
+    adam.cautious = (1 / size) ** 2 / (1.0 if update.released else root**2) * (1 - 1e-5) if size else 0.0
+    adam.least = update.eps / size if size else 0.0
+    if rule is None:
+        return adam
+    adam.own, adam.weight = 1 - weight, weight
+    elects = isinstance(rule.consensus, SignElection)
+    adam.consensus = (1 if rule.consensus.weighted else 2) if elects else 0  # type: ignore[attr-defined]
+    if rule.sparsify.rescale == "expectation":
+        adam.density = rule.sparsify.density
+    if rule.released and isinstance(rule.sparsify, Random):
+        adam.clip = rule.clip
+    return adam
+
+
+def _parameter(
+    update: AdamUpdate, gradient: Tensor | None, weights: Weights | None, start: int, stop: int
+) -> Parameter:
+    """Addresses; the caller holds the tensors."""
+    return Parameter(
+        theta=None if weights is None else weights.flat.data_ptr(),
+        low=None if weights is None or weights.low is None else weights.low.data_ptr(),
+        mean=update.mean.data_ptr() + 4 * start,
+        square=update.square.data_ptr() + 4 * start,
+        gradient=None if gradient is None else gradient.data_ptr() + gradient.element_size() * start,
+        gradient_half=gradient is not None and gradient.dtype == torch.bfloat16,
+        n=stop - start,
+    )
+
+
+def _run(tasks: Sequence[Callable[[], object]], elements: int) -> None:
+    """All of them, on as many threads as torch uses (ctypes releases the interpreter's lock)."""
+    threads = min(torch.get_num_threads(), len(tasks), elements // _SHARE)
+    if threads <= 1:
+        for task in tasks:
+            task()
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(task) for task in tasks]:
+            done.result()
