@@ -1,4 +1,4 @@
-"""The compiled kernels of merging and of the optimizers: optional, so an installation without a C compiler does without them."""
+"""The compiled kernels: optional, so an installation without a C compiler does without them."""
 
 import os
 import platform

@@ -2,15 +2,17 @@
 
     python benchmarks/optimizer_step.py [--millions 20] [--rounds 15]
 
-One thread, process CPU time, interleaved, medians. The model has Llama's shapes with random weights; four sets of
-gradients take turns after a warm-up, because with a constant gradient all of Adam's updates tie in magnitude. τ is
-read from two checkpoints on disk (warm page cache). Prints a Markdown table.
+One thread, process CPU time, interleaved, medians; ours with the eager and with the compiled kernels. The model has
+Llama's shapes with random weights; four sets of gradients take turns after a warm-up, because with a constant gradient
+all of Adam's updates tie in magnitude. τ is read from two checkpoints on disk (warm page cache). bfloat16: gradients
+too, and ours keeps float32 moments and master. Prints a Markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import platform
 import statistics
 import tempfile
@@ -24,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import paretune as pt
+from paretune import native
 
 WARM_UP = 8
 
@@ -59,24 +62,36 @@ def main() -> None:
     tau = pt.TaskVector.between(base=folder / "base", reference=folder / "reference")
     dense = {name: tau.dense(name).view(value.shape) for name, value in reference.items()}
     gradients = [{name: torch.randn_like(value) * 1e-3 for name, value in reference.items()} for _ in range(4)]
+    halves = [{name: value.bfloat16() for name, value in one.items()} for one in gradients]
 
     def build(
-        make: Callable[[dict[str, Tensor]], torch.optim.Optimizer],
+        make: Callable[[dict[str, Tensor]], torch.optim.Optimizer], dtype: torch.dtype = torch.float32
     ) -> tuple[dict[str, Tensor], torch.optim.Optimizer]:
-        parameters = {name: torch.nn.Parameter(value.clone()) for name, value in reference.items()}
+        parameters = {name: torch.nn.Parameter(value.to(dtype)) for name, value in reference.items()}
         return parameters, make(parameters)
 
+    half = torch.bfloat16
     adamw = torch.optim.AdamW
+    ours: dict[str, tuple[Callable[[dict[str, Tensor]], torch.optim.Optimizer], torch.dtype]] = {
+        "OnDARE, density 5e-4": (lambda p: pt.OnDARE(p.items(), tau, density=5e-4), torch.float32),
+        "OnDARE, density 1e-2": (lambda p: pt.OnDARE(p.items(), tau, density=1e-2), torch.float32),
+        "OnDARE, density 5e-4, weight decay": (
+            lambda p: pt.OnDARE(p.items(), tau, density=5e-4, weight_decay=0.01),
+            torch.float32,
+        ),
+        "OnTIES, density 1e-2": (lambda p: pt.OnTIES(p.items(), tau, density=1e-2), torch.float32),
+        "OnTIES, density 5e-2": (lambda p: pt.OnTIES(p.items(), tau, density=5e-2), torch.float32),
+        "OnDARE, density 5e-4, bfloat16": (lambda p: pt.OnDARE(p.items(), tau, density=5e-4), half),
+        "OnTIES, density 1e-2, bfloat16": (lambda p: pt.OnTIES(p.items(), tau, density=1e-2), half),
+    }
+    choices = ["eager"] if native.kernels() is None else ["eager", "native"]
     runs = {
         "torch AdamW, fused": build(lambda p: adamw(p.values(), lr=1e-6, weight_decay=0.0, fused=True)),
         "torch AdamW, foreach": build(lambda p: adamw(p.values(), lr=1e-6, weight_decay=0.0, foreach=True)),
-        "OnDARE, density 5e-4": build(lambda p: pt.OnDARE(p.items(), tau, density=5e-4)),
-        "OnDARE, density 1e-2": build(lambda p: pt.OnDARE(p.items(), tau, density=1e-2)),
-        "OnDARE, density 5e-4, weight decay": build(
-            lambda p: pt.OnDARE(p.items(), tau, density=5e-4, weight_decay=0.01)
+        "torch AdamW, fused, bfloat16 throughout": build(
+            lambda p: adamw(p.values(), lr=1e-6, weight_decay=0.0, fused=True), half
         ),
-        "OnTIES, density 1e-2": build(lambda p: pt.OnTIES(p.items(), tau, density=1e-2)),
-        "OnTIES, density 5e-2": build(lambda p: pt.OnTIES(p.items(), tau, density=5e-2)),
+        **{f"{name} [{choice}]": build(*ours[name]) for name in ours for choice in choices},
         "OnlineMerging(fused AdamW), Random 5e-4": build(
             lambda p: pt.OnlineMerging(adamw(p.items(), lr=1e-6, weight_decay=0.0, fused=True), tau)
         ),
@@ -93,7 +108,8 @@ def main() -> None:
             if "naive" in name and step >= WARM_UP + 3:  # seconds a step: three are enough
                 continue
             for key, value in parameters.items():
-                value.grad = gradients[step % len(gradients)][key]
+                value.grad = (halves if value.dtype == half else gradients)[step % len(gradients)][key]
+            os.environ[native.VARIABLE] = "native" if name.endswith("[native]") else "eager"
             begin = time.process_time()
             optimizer.step()
             if step >= WARM_UP:
@@ -101,17 +117,19 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in times.items()}
     count = sum(value.numel() for value in reference.values())
     print(
-        f"{count / 1e6:.1f}M float32 parameters, torch {torch.__version__}, {platform.machine()}, one thread, "
+        f"{count / 1e6:.1f}M parameters, torch {torch.__version__}, {platform.machine()}, one thread, "
         f"{options.rounds} rounds"
     )
     print("\n| optimizer | CPU ms a step | ÷ fused AdamW |\n|---|---|---|")
     for name, median in medians.items():
         print(f"| {name} | {median * 1e3:.0f} | {median / medians['torch AdamW, fused']:.2f} |")
-    dare = medians["released OnDARE (naive), density 5e-4"] / medians["OnDARE, density 5e-4"]
-    ties = medians["released OnTIES (naive), density 1e-2"] / medians["OnTIES, density 1e-2"]
-    print(f"\nreleased arithmetic ÷ ours: OnDARE {dare:.0f}, OnTIES {ties:.0f}")
+    print()
+    for choice in choices:
+        dare = medians["released OnDARE (naive), density 5e-4"] / medians[f"OnDARE, density 5e-4 [{choice}]"]
+        ties = medians["released OnTIES (naive), density 1e-2"] / medians[f"OnTIES, density 1e-2 [{choice}]"]
+        print(f"released arithmetic ÷ ours [{choice}]: OnDARE {dare:.0f}, OnTIES {ties:.0f}")
     for name in ("OnDARE, density 5e-4", "OnTIES, density 1e-2", "OnTIES, density 5e-2"):
-        optimizer = runs[name][1]
+        optimizer = runs[f"{name} [eager]"][1]
         print(f"resident τ of {name}: {optimizer._tau.resident_bytes / count:.3f} bytes a parameter")  # type: ignore[attr-defined]
 
 

@@ -40,7 +40,7 @@ def make_tokenizer() -> Any:
     )
 
 
-def make_model(seed: int = 0, hidden: int = 32, dropout: float = 0.0) -> Any:
+def make_model(seed: int = 0, hidden: int = 32, dropout: float = 0.0, layers: int = 2) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -48,7 +48,7 @@ def make_model(seed: int = 0, hidden: int = 32, dropout: float = 0.0) -> Any:
         vocab_size=len(WORDS) + 5,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=64,

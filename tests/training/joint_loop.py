@@ -37,17 +37,24 @@ def sums(model: Any, rows: list[dict[str, Any]], side: int = 0) -> torch.Tensor:
     return torch.stack([x.sum() for x in logps(model, [r["ids"][side] for r in rows], [r["start"] for r in rows])])
 
 
+def fixed(reference: Any, rows: list[dict[str, Any]], side: int) -> torch.Tensor:
+    """What the reference says of each row: asked once, since it never changes."""
+    for row in rows:
+        if ("ref", side) not in row:
+            with torch.no_grad():
+                row["ref", side] = sums(reference, [row], side)
+    return torch.cat([row["ref", side] for row in rows]).float().double()
+
+
 def loss_of(kind: str, model: Any, reference: Any, rows: list[dict[str, Any]], others: Any, beta: float) -> Any:
     """(mean loss, what it is the mean over)"""
     if kind == "sft":
         tokens = torch.cat(logps(model, [r["ids"][0] for r in rows], [r["start"] for r in rows]))
         return -tokens.mean(), len(tokens)
-    with torch.no_grad():
-        ref = [sums(reference, rows, side).float().double() for side in range(len(rows[0]["ids"]))]
+    ref = [fixed(reference, rows, side) for side in range(len(rows[0]["ids"]))]
     if kind == "kto":
         with torch.no_grad():
-            ref_kl = sums(reference, others).float().double()
-            z = (sums(model, others) - ref_kl).mean().clamp(min=0)
+            z = (sums(model, others) - fixed(reference, others, 0)).mean().clamp(min=0)
         ratio = sums(model, rows) - ref[0]
         sign = torch.tensor([1.0 if r["label"] else -1.0 for r in rows])
         return (1 - torch.sigmoid(beta * sign * (ratio - z))).mean(), len(rows)

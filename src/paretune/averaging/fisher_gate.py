@@ -104,9 +104,7 @@ class Gate:
         count = sum(sizes.values())
         total = sum(float(factor.mean()) * sizes[name] for name, factor in self.factors.items())
         if total == 0:
-            raise ArgumentError(
-                "weight", self.weight, "every factor is 0, nothing could be learnt: choose a smaller"
-            )
+            raise ArgumentError("weight", self.weight, "every factor is 0, nothing could be learnt: choose a smaller")
         return {name: factor * (count / total) for name, factor in self.factors.items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:

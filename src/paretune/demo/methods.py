@@ -5,6 +5,7 @@ A new method is a new `Row`; a new family may bring its own way to make points.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -66,7 +67,9 @@ class Bench:
     @property
     def policy_file(self) -> Path:
         """Where `policy` keeps it: a checkpoint of its own."""
-        return self.out / f"policy-seed{self.seed}-{self.recipe.reference_key}.safetensors"
+        # Worlds that differ in their preferences alone share a reference, and must not share the policy.
+        key = hashlib.sha256(f"{self.recipe.world.fingerprint} {self.settings}".encode()).hexdigest()[:12]
+        return self.out / f"policy-seed{self.seed}-{self.recipe.reference_key}-{key}.safetensors"
 
     def policy(self) -> dict[str, Tensor]:
         """The parameters that plain AdamW aligned: what offline merging starts from. Trained once, kept in ``out``."""
