@@ -53,6 +53,13 @@ def test_the_bootstrap_is_the_one_of_refitted_models() -> None:
     assert again == found
 
 
+def test_what_was_never_seen_at_equal_length_says_so() -> None:
+    """Always longer and always better: length may explain all of it, or nothing."""
+    found = length_controlled([1.0] * 9, [20] * 5 + [30] * 4, [10] * 9, bootstraps=10)
+    assert found.label.endswith("extrapolated, as every answer is longer than the other")
+    assert "extrapolated" not in length_controlled([1.0] * 3, [20, 30, 10], [10, 10, 11], bootstraps=10).label
+
+
 def test_samples_of_one_prompt_are_drawn_together() -> None:
     """Four copies of each item say no more than one."""
     wins, lengths, others = (values.tolist() for values in data(4, 150))

@@ -420,6 +420,19 @@ def test_what_cannot_work_is_said_before_the_benchmarks(
     assert "max_new_tokens=512: prompt 0 has" in capsys.readouterr().err
 
 
+def test_names_lead_nowhere(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither out of the folders that were named nor into the terminal."""
+    items, folder = tmp_path / "items", tmp_path / "answers"
+    hostile = ["..=" + str(here / "aligned"), f"a\x1b[2J\nb/../../c={here / 'base'}"]
+    arguments = command(here, tmp_path / "p.jsonl", *hostile, *answers(here), "--items", items, "--answers", folder)
+    assert main([each for each in arguments if each != "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out + said.err
+    assert {path.name for path in tmp_path.iterdir()} == {"p.jsonl", "items", "answers"}
+    assert {path.name for path in items.iterdir()} == {"sft", "__", "a__2J_b_.._.._c"}
+    assert len(list(folder.iterdir())) == 3
+
+
 def test_other_points_are_not_overwritten(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "points.jsonl"
     out.write_text(json.dumps(Measurement("mine", "x", 0, (0, 0), 0, (0, 0)).to_dict()) + "\n")

@@ -95,7 +95,7 @@ def test_same_bits(
 @built
 @pytest.mark.parametrize(("method", "density"), [("OnDARE", 1e-3), ("OnTIES", 1e-2)])
 def test_same_bits_on_some_threads(monkeypatch: pytest.MonkeyPatch, method: str, density: float) -> None:
-    monkeypatch.setattr("paretune.optim.kernels.compiled._SHARE", 1 << 14)
+    monkeypatch.setattr("paretune.optim.kernels.step._SHARE", 1 << 14)
     eager = _trajectory(monkeypatch, "eager", method, "plain", torch.float32, {"density": density, "weight": 0.3})
     before = torch.get_num_threads()
     torch.set_num_threads(3)

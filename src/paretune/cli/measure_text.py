@@ -12,13 +12,17 @@ if TYPE_CHECKING:
 
 def line(point: Measurement) -> str:
     """One point, as soon as it is measured."""
+    from paretune.evaluation.figure import printable
+
     tax = "" if point.tax_ci is None else f", tax {point.tax:.3f} ({point.tax_verdict})"
     reward = round(point.reward, 3) + 0.0  # -0.0 is 0
-    return f"paretune: {point.name}: reward {reward:.3f}, capability {point.capability:.3f}{tax}"
+    return f"paretune: {printable(point.name, 120)}: reward {reward:.3f}, capability {point.capability:.3f}{tax}"
 
 
 def table(points: Sequence[Measurement]) -> list[str]:
     """All points, one line each, and what is to be said of their answers."""
+    from paretune.evaluation.figure import printable
+
 
     def with_interval(value: float | None, interval: tuple[float, float] | None) -> str:
         if value is None or interval is None:
@@ -30,7 +34,7 @@ def table(points: Sequence[Measurement]) -> list[str]:
     for point in points:
         lost = [name for name, each in point.by_category.items() if each.verdict == "loss"]
         rows.append((
-            point.name,
+            printable(point.name, 48),
             with_interval(point.reward, point.reward_ci),
             with_interval(point.capability, point.capability_ci),
             with_interval(point.tax, point.tax_ci),
@@ -49,6 +53,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _notes(points: Sequence[Measurement]) -> list[str]:
     """What the answers' length and their distance from the reference say about the reward."""
+    from paretune.evaluation.figure import printable
     from paretune.evaluation.wording import at_equal_length
 
     notes = []
@@ -57,9 +62,9 @@ def _notes(points: Sequence[Measurement]) -> list[str]:
         said = [
             "" if point.response_length is None else f"{point.response_length:.1f} tokens an answer",
             "" if point.kl is None else f"KL to the reference {point.kl:.3g} nats",
-            "" if fair is None else f"win rate at equal length {fair[0]} ({fair[1]})",
+            "" if fair is None else f"win rate at equal length {fair[0]}, {fair[1]}",
         ]
-        notes += [f"{point.name}: {', '.join(filter(None, said))}"] if any(said) else []
+        notes += [f"{printable(point.name, 48)}: {', '.join(filter(None, said))}"] if any(said) else []
     return ["", *notes] if notes else []
 
 

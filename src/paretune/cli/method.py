@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from paretune.cli.method_lora import lora_method
 from paretune.errors import ArgumentError, CheckpointError, PareTuneError
 from paretune.task_vector import TaskVector
 from paretune.training.arguments import OURS, given_options
@@ -42,6 +43,8 @@ def build_method(request: Request, *, planning: bool = False) -> Method:
     if own.optimizer is None and not wraps:
         method = Method(name=_value(request.training.optim))
         method.state_bytes["moments"] = 2.0 * _itemsize(request)
+    elif own.optimizer in OURS and request.model.use_peft:
+        method = lora_method(request, *_tau_if_at_hand(request, planning))
     elif own.optimizer in OURS:
         method = _online(request, planning)
     else:
@@ -77,9 +80,7 @@ def _online(request: Request, planning: bool) -> Method:
     own = request.own
     kind = OnDARE if own.optimizer == "ondare" else OnTIES
     options = given_options(own, _MERGING) | {"seed": request.training.seed}
-    elsewhere = [path for path in (own.base_model, request.reference_path) if path and not os.path.exists(path)]
-    unknown = planning and any(not is_at_hand(path) for path in elsewhere)
-    tau = _task_vector(request) if own.base_model and not unknown else None
+    tau, missing = _tau_if_at_hand(request, planning)
 
     def factory(groups: list[dict[str, Any]], total_steps: int) -> Optimizer:
         return kind(groups, tau, total_steps=total_steps, **options)
@@ -88,10 +89,8 @@ def _online(request: Request, planning: bool) -> Method:
         return _statement_before(request, lambda named: kind(named, tau, total_steps=steps, **options), options, steps)
 
     method = Method(name=str(own.optimizer), factory=factory, tau=tau)
-    if unknown:
-        method.notes.append(
-            f"{' and '.join(elsewhere)} not on this disk: the task vector is checked when training starts"
-        )
+    if missing:
+        method.notes.append(missing)
     else:
         method.statement = statement
     dtype = torch.float32 if _itemsize(request) == 4 else torch.bfloat16
@@ -101,13 +100,23 @@ def _online(request: Request, planning: bool) -> Method:
     return method
 
 
+def _tau_if_at_hand(request: Request, planning: bool) -> tuple[TaskVector | None, str | None]:
+    """The task vector, None without a base; or, while planning, a note of what is not on this disk."""
+    own = request.own
+    elsewhere = [path for path in (own.base_model, request.reference_path) if path and not os.path.exists(path)]
+    if planning and any(not is_at_hand(path) for path in elsewhere):
+        return None, f"{' and '.join(elsewhere)} not on this disk: the task vector is checked when training starts"
+    return (_task_vector(request) if own.base_model else None), None
+
+
 def _task_vector(request: Request) -> TaskVector:
     _check_readable("base_model", str(request.own.base_model))
     _check_readable(*_reference(request))
     tau = TaskVector.between(
         base=str(request.own.base_model), reference=request.reference_path, base_vocab=request.own.base_vocab
     )
-    tau.match(_shapes(request))
+    if not request.model.use_peft:  # adapted weights are matched where their layers are known
+        tau.match(_shapes(request))
     return tau
 
 
@@ -170,7 +179,14 @@ def _add_child_tuning(method: Method, request: Request) -> None:
         return ChildTuning(inner, mode="F", density=density, seed=seed)
 
     method.name += f" + child_tuning {own.child_tuning}"
-    method.before_training = held.append
+    earlier = method.before_training
+
+    def before_training(trainer: Trainer) -> None:
+        held.append(trainer)
+        if earlier is not None:
+            earlier(trainer)
+
+    method.before_training = before_training
     _wrap(method, wrap)
     method.state_bytes["child"] = 1.0 if own.child_tuning == "d" else 0.0
 

@@ -16,6 +16,7 @@ _STEPS = 60
 # On the slope only, in units of observations: holds it where length separates wins from losses completely, and moves
 # the rate by less than 0.01 points elsewhere.
 _RIDGE = 0.01
+_EXTRAPOLATED = "; extrapolated, as every answer is {} than the other"
 LABEL = "length-controlled (paretune's two-parameter fit, not AlpacaEval's official one)"
 
 
@@ -92,6 +93,7 @@ def length_controlled(
     groups = np.arange(len(y)) if clusters is None else _numbered([clusters[i] for i in scored])
     n = int(groups.max()) + 1
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=bootstraps)[:, groups]
+    one_sided = bool((z > 0).all() or (z < 0).all())  # then nothing was seen at equal lengths
     theta, phi = _fit(y, z, np.ones((1, len(y))))
     rates = 100 * _sigmoid(_fit(y, z, counts.astype(np.float64))[0])
     low, high = np.percentile(rates, [2.5, 97.5])
@@ -102,6 +104,7 @@ def length_controlled(
         raw=float(100 * y.mean()),
         slope=float(phi[0]),
         items=len(y),
+        label=LABEL + (_EXTRAPOLATED.format("longer" if z[0] > 0 else "shorter") if one_sided else ""),
     )
 
 

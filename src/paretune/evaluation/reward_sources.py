@@ -208,13 +208,13 @@ def read_pairs(path: str) -> list[Item]:
 
 
 def file_name(name: str) -> str:
-    """A point's name as a file's: other characters than letters, digits and ``._=-`` become ``_``.
+    """A point's name as a file's: other characters than letters, digits and ``._=-`` become ``_``, as do first dots.
 
     Example:
-        >>> file_name("aligned α=0.25/x")
-        'aligned_α=0.25_x'
+        >>> file_name("aligned α=0.25/x"), file_name("..")
+        ('aligned_α=0.25_x', '__')
     """
-    return re.sub(r"[^\w.=-]", "_", name)
+    return re.sub(r"[^\w.=-]|^\.+", lambda found: "_" * len(found[0]), name)
 
 
 def _digest(value: Any) -> str:

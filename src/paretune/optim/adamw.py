@@ -13,6 +13,9 @@ from ..operators import above
 from .weights import CHUNK
 
 
+_WHOLE = 16  # elements of the widest register
+
+
 def update_moments(
     means: Sequence[Tensor],
     squares: Sequence[Tensor],
@@ -28,19 +31,22 @@ def update_moments(
         betas: (β₁, β₂).
         exact: equal to ``foreach=False`` to the last bit. Where not needed, float32 goes through torch's fused
             kernel at learning rate 0, which is faster than three passes; the gradient takes the parameter's place
-            there and is written back as it was (but ±inf, which becomes NaN).
+            there and is written back as it was (but ±inf, which becomes NaN). The elements after the last whole
+            register, which the kernel rounds another way, take the three passes.
     """
     beta1, beta2 = betas
     if not exact and all(g.dtype == torch.float32 and g.device.type in ("cpu", "cuda") for g in gradients):
         for device in {g.device for g in gradients}:
-            at = [i for i, g in enumerate(gradients) if g.device == device]
-            m, v, g = ([tensors[i] for i in at] for tensors in (means, squares, gradients))
+            at = [i for i, g in enumerate(gradients) if g.device == device and g.numel() >= _WHOLE]
+            m, v, g = ([_head(tensors[i]) for i in at] for tensors in (means, squares, gradients))
             steps = [torch.ones((), device=device)] * len(at)  # without effect at learning rate 0
-            torch._fused_adamw_(
-                g, g, m, v, [], steps,
-                lr=0.0, beta1=beta1, beta2=beta2, weight_decay=0.0, eps=1.0, amsgrad=False, maximize=False,
-            )  # fmt: skip
-        return
+            if at:
+                torch._fused_adamw_(
+                    g, g, m, v, [], steps,
+                    lr=0.0, beta1=beta1, beta2=beta2, weight_decay=0.0, eps=1.0, amsgrad=False, maximize=False,
+                )  # fmt: skip
+        odd = [i for i, g in enumerate(gradients) if g.numel() % _WHOLE]
+        means, squares, gradients = ([_tail(tensors[i]) for i in odd] for tensors in (means, squares, gradients))
     same = [i for i, (m, g) in enumerate(zip(means, gradients, strict=True)) if m.dtype == g.dtype]
     if same:
         m, v, g = ([tensors[i] for i in same] for tensors in (means, squares, gradients))
@@ -53,6 +59,14 @@ def update_moments(
             g32 = gradients[i][part].to(means[i].dtype)
             means[i][part].lerp_(g32, 1 - beta1)
             squares[i][part].mul_(beta2).addcmul_(g32, g32, value=1 - beta2)
+
+
+def _head(x: Tensor) -> Tensor:
+    return x[: x.numel() // _WHOLE * _WHOLE] if x.numel() % _WHOLE else x
+
+
+def _tail(x: Tensor) -> Tensor:
+    return x[x.numel() // _WHOLE * _WHOLE :]
 
 
 @dataclass

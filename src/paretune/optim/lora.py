@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,7 +15,7 @@ from ..operators import mask_key, sampled_indices_of
 from ..task_vector import TaskVector
 from .arguments import in_range, number, whole
 from .pull import weight_for_pull
-from .tau_adapter import Gate, TauAdapter, adapted_layers, gate_writer, lora_names
+from .tau_adapter import Gate, TauAdapter, adapted_layers, keep_gate, lora_names
 from .weights import Weights, require_supported
 from .wrapper import OptimizerWrapper
 
@@ -96,7 +97,7 @@ class LoRAMerging(OptimizerWrapper):
         if rank is not None:
             whole("rank", rank, 1)
         whole("seed", seed, None)
-        self.weight = _weight(weight, pull, total_steps, density)
+        self.weight = lora_weight(weight, pull, total_steps, density)
         self.density, self.seed, self.mode = density, seed, mode
         layers = adapted_layers(model, adapter)
         trained = {name: p for _, named in self.named_groups() for name, p in named}
@@ -115,8 +116,8 @@ class LoRAMerging(OptimizerWrapper):
         for group in self.param_groups:
             group.update(merge_calls=0, tau_fingerprint=tau.fingerprint, tau_gate=0.0)
         if hasattr(model, "save_pretrained"):
-            gate_writer(model, self.described)
-        self.statement: str = self._statement(total_steps)
+            keep_gate(model, adapter, self.described, self._return_to)
+        self.statement: str = lora_statement(self.weight, density, total_steps, self._tensors, self._adapter)
         _LOG.info(self.statement)
         if mode == "absorb":
             _LOG.warning(
@@ -133,7 +134,20 @@ class LoRAMerging(OptimizerWrapper):
         """The gate with all that ``paretune export-adapter`` needs to know."""
         base, reference = self._tau.sources
         rank, captured = (0, 1.0) if self._adapter is None else (self._adapter.rank, self._adapter.captured)
-        return Gate(self.gate, self._tau.fingerprint, base, reference, self._tensors, rank, captured)
+        masked = self.mode == "absorb" and self.density < 1
+        return Gate(self.gate, self._tau.fingerprint, base, reference, self._tensors, rank, captured, masked)
+
+    def _return_to(self, saved: Gate) -> None:
+        """An adapter saved earlier takes this one's place (a trainer's best checkpoint): its gate belongs to it."""
+        if self._absorbed and saved.gate != self.gate:
+            raise StateError(
+                f"the adapter was saved when {saved.gate:.6g} of τ was added, the weights under it have absorbed "
+                f"{self.gate:.6g}: load the model afresh, or take mode='gate'"
+            )
+        for group in self.param_groups:
+            group["tau_gate"] = saved.gate
+        if self._adapter is not None:
+            self._adapter.set(saved.gate)
 
     def _step(self) -> None:
         if self._initialising():
@@ -188,17 +202,28 @@ class LoRAMerging(OptimizerWrapper):
         for call in range(self.param_groups[0]["merge_calls"] if self._absorbed else 0):
             self._merge(call)
 
-    def _statement(self, total_steps: int | None) -> str:
-        steps = total_steps or 1000
-        of = f"{steps} steps" if total_steps else f"every {steps} steps"
-        text = f"LoRAMerging: pull {self.weight * self.density * steps:.3g} of τ over {of} (weight {self.weight:.3g}, "
-        text += f"density {self.density:.3g}) in {len(self._tensors)} weights"
-        if self._adapter is not None:
-            text += f"; in training τ has rank {self._adapter.rank}, which holds {self._adapter.captured:.1%} of ‖τ‖²"
-        return text + "; the adapter's update is not sparsified: compare with weight 0"
+
+def lora_statement(
+    weight: float, density: float, total_steps: int | None, tensors: Sized, adapter: TauAdapter | None = None
+) -> str:
+    """What τ will amount to beside a LoRA adapter.
+
+    Args:
+        weight, density, total_steps: of `LoRAMerging`; without steps it is said for every 1,000.
+        tensors: the weights that τ is added to.
+        adapter: τ's factors, once they are made.
+    """
+    steps = total_steps or 1000
+    of = f"{steps} steps" if total_steps else f"every {steps} steps"
+    text = f"LoRAMerging: pull {weight * density * steps:.3g} of τ over {of} (weight {weight:.3g}, "
+    text += f"density {density:.3g}) in {len(tensors)} weights"
+    if adapter is not None:
+        text += f"; in training τ has rank {adapter.rank}, which holds {adapter.captured:.1%} of ‖τ‖²"
+    return text + "; the adapter's update is not sparsified: compare with weight 0"
 
 
-def _weight(weight: float | None, pull: float | None, total_steps: int | None, density: float) -> float:
+def lora_weight(weight: float | None, pull: float | None, total_steps: int | None, density: float) -> float:
+    """α, given or from the pull; checked."""
     if total_steps is not None:
         whole("total_steps", total_steps, 1)
     if pull is None:

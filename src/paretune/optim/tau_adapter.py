@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Gate:
         tensors: the weights that τ is added to.
         rank: of τ's factors in training.
         captured: their share of ‖τ‖² over these weights.
+        masked: τ was added in random parts (mode "absorb", density < 1): c·τ is their mean, not their sum.
     """
 
     gate: float
@@ -43,6 +44,7 @@ class Gate:
     tensors: tuple[str, ...]
     rank: int
     captured: float
+    masked: bool = False
 
     def write(self, directory: str | os.PathLike[str]) -> None:
         """Write it beside the adapter."""
@@ -198,17 +200,30 @@ def factors(matrix: Tensor, rank: int | None, name: str) -> tuple[Tensor, Tensor
     return u[:, :keep] * s[:keep], v[:keep].contiguous()
 
 
-def gate_writer(model: Any, gate: Any) -> None:
-    """From now on ``model.save_pretrained`` writes the gate beside the adapter too."""
-    save = model.save_pretrained
+def keep_gate(model: Any, adapter: str, described: Callable[[], Gate], return_to: Callable[[Gate], None]) -> None:
+    """From now on ``model`` saves the gate with its adapter, and takes it back when it loads one that has a gate.
+
+    Args:
+        model: the ``peft.PeftModel``.
+        adapter: the trained adapter's name.
+        described: the gate now.
+        return_to: called with the gate of a saved adapter that replaces the trained one.
+    """
+    save, load = model.save_pretrained, model.load_adapter
 
     def save_pretrained(save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> Any:
         result = save(save_directory, *args, **options)
         if options.get("is_main_process", True):
-            gate().write(save_directory)
+            described().write(save_directory)
         return result
 
-    model.save_pretrained = save_pretrained
+    def load_adapter(model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **options: Any) -> Any:
+        result = load(model_id, adapter_name, *args, **options)
+        if adapter_name == adapter and (saved := Gate.read(model_id)) is not None:
+            return_to(saved)
+        return result
+
+    model.save_pretrained, model.load_adapter = save_pretrained, load_adapter
 
 
 def _weight_name(module: str) -> str:

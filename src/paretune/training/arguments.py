@@ -41,6 +41,12 @@ class RunArguments:
     variant: Literal["paper", "released"] | None = _argument("The paper's arithmetic or its released code's.")
     rescale: Literal["none", "expectation", "l1"] | None = _argument("Rescaling after sparsifying.")
     clip: float | None = _argument("Clamp of the released OnDARE.")
+    lora_merging: Literal["gate", "absorb"] | None = _argument(
+        "How --use_peft takes the task vector in: 'gate' (default) beside the adapter, 'absorb' into the frozen weights."
+    )
+    tau_rank: int | None = _argument(
+        "Rank of the task vector beside a LoRA adapter while it trains (default 16, 0 for all of it)."
+    )
     ema_decay: float | None = _argument(
         "Average the policy: average <- (1 - ema_decay) * average + ema_decay * policy at each step, for example "
         "1e-3; the average is what is saved and evaluated."
@@ -85,6 +91,10 @@ def check(arguments: RunArguments, *, trainer: str, uses_peft: bool, model: str 
     _check_ranges(arguments)
     if merging:
         _check_merging(arguments, uses_peft)
+    for name in ("lora_merging", "tau_rank"):
+        value = getattr(arguments, name)
+        if value is not None and not (merging and uses_peft):
+            raise ArgumentError(name, value, "it needs --use_peft and --optimizer ondare")
     if arguments.child_tuning is None and arguments.child_density is not None:
         raise ArgumentError("child_density", arguments.child_density, "it needs --child_tuning f or d")
     if arguments.child_tuning is not None and arguments.child_density is None:
@@ -120,6 +130,8 @@ def _check_ranges(arguments: RunArguments) -> None:
             raise ArgumentError(name, value, "give a finite number of at least 0")
     if arguments.ema_decay is not None and not 0 < arguments.ema_decay < 1:
         raise ArgumentError("ema_decay", arguments.ema_decay, "give the policy's share per step in (0, 1), e.g. 1e-3")
+    if arguments.tau_rank is not None and arguments.tau_rank < 0:
+        raise ArgumentError("tau_rank", arguments.tau_rank, "give a whole number of at least 0")
     for name in ("every", "child_batches", "early_stopping_patience"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -129,12 +141,7 @@ def _check_ranges(arguments: RunArguments) -> None:
 def _check_merging(arguments: RunArguments, uses_peft: bool) -> None:
     optimizer = arguments.optimizer
     if uses_peft:
-        raise ArgumentError(
-            "optimizer",
-            optimizer,
-            "online merging adds the full-rank task vector to all weights, LoRA trains low-rank adapters on frozen "
-            "ones; drop --use_peft or take --optimizer adamw",
-        )
+        _check_lora(arguments)
     if arguments.weight is not None and arguments.pull is not None:
         raise ArgumentError("pull", arguments.pull, f"--weight {arguments.weight} says the same; give one of them")
     # The control of every experiment: weight 0 needs no task vector, except in the released sign election.
@@ -143,3 +150,22 @@ def _check_merging(arguments: RunArguments, uses_peft: bool) -> None:
         raise ArgumentError(
             "base_model", None, f"--optimizer {optimizer} needs the model that SFT started from (or --weight 0)"
         )
+
+
+def _check_lora(arguments: RunArguments) -> None:
+    """What LoRA beside a task vector cannot do: it adds c times the vector, and trains the adapter as it is."""
+    if arguments.optimizer != "ondare":
+        mend = "an election of signs has no low-rank form; with --use_peft take ondare, or drop --use_peft"
+        raise ArgumentError("optimizer", arguments.optimizer, mend)
+    plain = {"variant": "paper", "rescale": "none", "every": 1, "clip": None, "ema_decay": None}
+    for name, usual in plain.items():
+        value = getattr(arguments, name)
+        if value not in (None, usual):
+            raise ArgumentError(name, value, "with --use_peft the adapter's updates are not merged; drop it")
+    if not arguments.base_model:
+        raise ArgumentError("base_model", None, "--use_peft with ondare needs the model that SFT started from")
+    if arguments.reference_model:
+        mend = "with --use_peft the reference is the model under the adapter; drop it"
+        raise ArgumentError("reference_model", arguments.reference_model, mend)
+    if arguments.tau_rank is not None and arguments.lora_merging == "absorb":
+        raise ArgumentError("tau_rank", arguments.tau_rank, "absorbed, the task vector keeps its rank; drop it")

@@ -51,9 +51,11 @@ def draw_run(record: Mapping[str, Any], file: Path) -> None:
     if len(names) < 2:
         return
     figure, axes = _figure(names)
-    way = trajectory(record["steps"], names)
+    steps = record["steps"]
+    way = trajectory(steps, names, min(_SMOOTH, 1 - 10 / max(10, len(steps))))  # short runs: less, it lags behind
     if way:
         axes.plot(*zip(*way, strict=True), color="0.6", linewidth=1, label="running mean of training losses")
+        axes.plot(*([value] for value in way[0]), "x", color="0.4", label="start")
     for split, marker in (("train", "o"), ("eval", "s")):
         losses = record["losses"].get(split) or {}
         if all(name in losses for name in names):
@@ -66,7 +68,7 @@ def draw_run(record: Mapping[str, Any], file: Path) -> None:
 
 
 def draw_front(points: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Draw the front of a sweep.
+    """Draw the front of a sweep over weights, one for each value of whatever else was swept.
 
     Args:
         points: records of ``sweep.jsonl`` with ``losses``.
@@ -77,12 +79,22 @@ def draw_front(points: Sequence[Mapping[str, Any]], file: Path) -> None:
     if len(names) < 2:
         return
     figure, axes = _figure(names)
-    axes.set_title(f"{split} rows", fontsize=9)
-    placed = sorted(([point["losses"][split][name] for name in names], point["point"]) for point in points)
-    axes.plot(*zip(*(place for place, _ in placed), strict=True), "o-", color="C0", linewidth=0.8)
-    for place, point in placed:
-        text = ", ".join(f"{name} {value}" for name, value in point.items())
-        axes.annotate(text, (place[0], place[1]), textcoords="offset points", xytext=(5, 4), fontsize=7)
+    axes.set_title(f"{split} rows; lower left is better", fontsize=9)
+    axes.margins(x=0.2, y=0.1)  # room for the words beside points
+    swept = list(points[0]["point"])
+    along = next((axis for axis in swept if axis.startswith("weights.") or axis == "weight_preference"), swept[0])
+    fronts: dict[str, list[tuple[list[float], str]]] = {}
+    for each in points:
+        place = [float(each["losses"][split][name]) for name in names]  # what is not finite is text in records
+        others = ", ".join(f"{axis} {value}" for axis, value in each["point"].items() if axis != along)
+        fronts.setdefault(others, []).append((place, each["point"][along]))
+    for number, (others, front) in enumerate(fronts.items()):
+        front.sort()
+        axes.plot(*zip(*(place for place, _ in front), strict=True), "o-", color=f"C{number}", lw=0.8, label=others)
+        for place, value in front:
+            axes.annotate(f"{along} {value}", (place[0], place[1]), textcoords="offset points", xytext=(5, 4), size=7)
+    if swept != [along]:
+        axes.legend(frameon=False, fontsize=8)
     _save(figure, file)
 
 

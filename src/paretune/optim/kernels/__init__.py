@@ -6,7 +6,7 @@ The eager form is always there and is the definition; the compiled one gives its
 from __future__ import annotations
 
 from ...native import kernels
-from .compiled import Compiled
+from .step import Compiled
 
 
 def compiled() -> Compiled | None:
