@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import paretune as pt
+
 Make = Callable[..., torch.optim.Optimizer]
 
 
@@ -56,10 +58,13 @@ INNER: dict[str, Make] = {
     "Adafactor": _of("Adafactor", foreach=False),
     "Muon": _of("Muon"),
 }
+INNER["GaLoreAdamW"] = lambda p, **options: pt.GaLoreAdamW(
+    p, **{"lr": 1e-2, "eps": 0.05, "rank": 3, "refresh": 2, **options}
+)
 if not hasattr(torch.optim, "Muon"):  # came after the oldest torch that we claim
     del INNER["Muon"]
-DECOUPLED = [name for name in INNER if name.startswith(("AdamW", "NAdam", "Lion", "Adafactor", "Muon"))]
-WHOLE_ONLY = ("Adafactor", "Muon")  # not on sharded parameters
+DECOUPLED = [name for name in INNER if name.startswith(("AdamW", "NAdam", "Lion", "Adafactor", "Muon", "GaLore"))]
+WHOLE_ONLY = ("Adafactor", "Muon", "GaLoreAdamW")  # not on sharded parameters
 
 
 def settings(name: str) -> dict[str, Any]:

@@ -148,6 +148,35 @@ def test_from_a_model(tmp_path: Path) -> None:
     assert text == f"{rows(out)[0]['completion'][0]['content']} <eos>".strip()
 
 
+def test_natural_forms(world: Path, tmp_path: Path) -> None:
+    """A model without its tokenizer, or its path; prompts as texts, rows, a data set or a file; a reward of texts."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+
+    path = world / "reference"
+    model = AutoModelForCausalLM.from_pretrained(path)
+    options: dict[str, Any] = {"n": 3, "max_new_tokens": 4, "progress": False}
+    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    whole = pt.collect_best_of_n(model, chats, lambda texts: [len(text) for text in texts], **options)
+    wanted = [len(row[0]["content"]) for row in whole["completion"]]
+    assert whole["score"][:] == wanted
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    for source, prompts in ((path, file), (str(path), Dataset.from_dict({"prompt": chats})), (model, str(file))):
+        found = pt.collect_best_of_n(source, prompts, lambda completions: [len(c[0]["content"]) for c in completions],
+                                     **options)  # fmt: skip
+        assert found[:] == whole[:]
+    for prompts, reward, said in (
+        ([{"text": "the cat"}], length, "rows with prompt"),
+        (PROMPTS, model, "load_reward"),
+        (PROMPTS, None, "load_reward"),
+    ):
+        with pytest.raises(pt.ArgumentError, match=said):
+            pt.collect_best_of_n(model, prompts, reward, **options)
+    with pytest.raises(pt.DataError, match="gave 1 scores for 15"):
+        pt.collect_best_of_n(model, PROMPTS, lambda texts: 1.0, **options)
+
+
 def test_wrong_arguments(tmp_path: Path) -> None:
     for wrong in (
         {"n": 0}, {"keep": 9}, {"top_share": 0.0}, {"top_share": 1.5}, {"threshold": float("nan")},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -180,6 +181,40 @@ def test_a_strong_penalty_keeps_the_mean(tmp_path: Path) -> None:
     held = pt.learn_ratios(model=Chain(), penalty="l1", penalty_weight=10.0, **options)
     assert max(free.ratios) - min(free.ratios) > 0.25
     assert max(held.ratios) - min(held.ratios) < 0.05
+
+
+def test_steps_shrink_as_a_cosine(tmp_path: Path) -> None:
+    """A loss that is linear in the ratios: all steps have one direction, and the length of the step size."""
+    steps, peak = 10, 0.01
+    ratios = pt.learn_ratios(
+        **chain_ends(tmp_path), model=Chain(), data=[0], blocks=3, mean=0.5, penalty="none", steps=steps, lr=peak,
+        parametrization="projection",
+        loss=lambda m, _: sum((3 + (i == 0) - (i == 5)) * layer.weight.sum() for i, layer in enumerate(m.layers)),
+    )  # fmt: skip
+    firsts = [record["ratios"][0] for record in ratios.history] + [ratios.ratios[0]]
+    moved = [before - after for before, after in itertools.pairwise(firsts)]
+    shape = [(1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps)]
+    assert moved == pytest.approx([peak * math.sqrt(1.5) * part for part in shape], rel=1e-5)  # of (7, 6, 5) − 6
+
+
+def test_the_loss_is_nats_a_token(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    pre, post = (AutoModelForCausalLM.from_pretrained(path) for path in save_ends(tmp_path, "llama"))
+    rows = token_rows(12)
+    ratios = pt.learn_ratios(
+        pre=tmp_path / "pre", post=tmp_path / "post", data=rows, steps=1, batch_size=12, micro_batch=5, penalty="none"
+    )
+    with torch.no_grad():
+        for mine, other in zip(post.parameters(), pre.parameters(), strict=True):
+            mine.lerp_(other, 0.2)
+        losses = []
+        for row in rows:
+            logps = post(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+            mask = row.get("completion_mask", [1] * len(row["input_ids"]))
+            learned = [at for at in range(1, len(mask)) if mask[at]]
+            losses += [-float(logps[at - 1, row["input_ids"][at]]) for at in learned]
+    assert ratios.history[0]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
 def test_extrapolation_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

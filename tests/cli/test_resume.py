@@ -39,6 +39,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "grpo adamw": ("grpo", ["--optimizer", "adamw"]),
     "grpo ondare": ("grpo", ["--optimizer", "ondare", "--beta", "0.1"]),
 }
+QUICK = ("sft ondare", "dpo adamw", "dpo ondare bf16", "dpo lora", "kto onties", "sft ema", "grpo ondare")
 
 
 class Interrupt:
@@ -59,7 +60,7 @@ class Interrupt:
         self._undo()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES])
 def test_bit_equal(
     name: str, world: Path, dropout_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

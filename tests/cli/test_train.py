@@ -56,9 +56,11 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "dpo lora": ("dpo", ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]),
     "dpo other reference": ("dpo", ["--reference_model", "{world}/base"]),
 }
+# Their parts are in other runs or in tests of the optimizers.
+SLOW = {"dpo adamw", "dpo released", "dpo weight 0", "ipo ondare", "kto child d", "sft child d", "dpo l1 ondare"}
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in RUNS])
 def test_runs(name: str, world: Path, tmp_path: Path) -> None:
     trainer, more = RUNS[name]
     if {"ondare", "onties"} & set(more) and "weight 0" not in name:

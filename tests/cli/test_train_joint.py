@@ -193,6 +193,16 @@ def test_plan(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert not (tmp_path / "training.json").exists()
 
 
+def test_one_command_line_serves_every_schedule(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a schedule does not use is told, not refused."""
+    more = ["--weight_preference", 0.3, "--ideal_sft", 1.5, "--ideal_preference", 0, "--refresh_every", 5, "--dry-run"]
+    for schedule, idle in (("maxright", 0), ("alright", 3), ("mix", 3), ("sft-then-preference", 4)):
+        assert main(argv(world, tmp_path, *more, "--schedule", schedule)) == 0
+        assert capsys.readouterr().out.count(f"is not used by --schedule {schedule}") == idle
+
+
 def test_yaml(world: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("schedule: mix\nweight_preference: 0.25\nbeta: 0.3\n")
     record = train(world, tmp_path, "--config", tmp_path / "recipe.yaml")
@@ -212,9 +222,6 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "refresh": (["--schedule", "maxright", "--refresh_every", "0"], "refresh_every=0: give a whole number"),
     "ideal": (["--schedule", "maxright", "--ideal_sft", "nan"], "ideal_sft=nan: give a finite loss"),
     "ideal twice": (["--schedule", "maxright", "--ideal_sft", "1", "--measure_ideals"], "drop one of them"),
-    "unread ideal": (["--ideal_sft", "1"], "ideal_sft=1.0: it needs --schedule maxright or --stop_within"),
-    "unread weight": (["--schedule", "sft-then-preference", "--weight_preference", "0.3"], "it needs --schedule mix"),
-    "unread refresh": (["--refresh_every", "5"], "refresh_every=5: it needs --schedule maxright"),
     "unread smoothing": (
         ["--preference_loss", "ipo", "--label_smoothing", "0.1"],
         "it needs --preference_loss sigmoid",

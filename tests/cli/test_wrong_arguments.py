@@ -31,7 +31,7 @@ WRONG: dict[str, tuple[str, list[str], str]] = {
     "weight and pull": ("dpo", [*ONLINE, "--pull", "0.1", "--weight", "1e-3"], "pull=0.1: --weight 0.001 says"),
     "density for adamw": ("dpo", ["--density", "0.1"], "density=0.1: only --optimizer ondare and onties take it"),
     "no base": ("dpo", ONLINE, "base_model=None: --optimizer ondare needs the model that SFT started from"),
-    "lora": ("dpo", [*ONLINE, "--base_model", "{world}/base", "--use_peft"], "optimizer='ondare': online merging adds"),
+    "lora": ("dpo", ["--optimizer", "onties", "--base_model", "{world}/base", "--use_peft"], "'onties': an election"),
     "both optimizers": ("dpo", ["--optimizer", "adamw", "--optim", "sgd"], "optim='sgd': --optimizer adamw chooses"),
     "ema range": ("dpo", ["--ema_decay", "1"], "ema_decay=1.0: give the policy's share per step in (0, 1)"),
     "child density": ("dpo", ["--child_density", "0.5"], "child_density=0.5: it needs --child_tuning f or d"),
@@ -144,6 +144,7 @@ def test_one_line(name: str, world: Path, broken: Path, tmp_path: Path, capfd: p
     assert not (tmp_path / "out" / "training.json").exists() or name == "pull too large"
 
 
+@pytest.mark.slow
 def test_nothing_but_the_line(tmp_path: Path, world: Path) -> None:
     """In a process of its own: no warning, no notice, no progress bar around an error of the data."""
     argv = tiny_models.arguments(world, "dpo", tmp_path, "--dataset_name", world / "sft.jsonl")

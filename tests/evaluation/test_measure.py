@@ -358,6 +358,28 @@ def test_an_interrupted_run_goes_on(here: Path, tmp_path: Path, monkeypatch: pyt
     assert all(same(a, b) and a.tax_ci == b.tax_ci for a, b in zip(read_points(out), read_points(fresh), strict=True))
 
 
+def test_a_run_that_goes_on_and_is_stopped_again_loses_nothing(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "points.jsonl"
+    full = command(here, out, here / "aligned", here / "base", *answers(here))
+    assert main(full) == 0
+    before = read_points(out)
+    from paretune.generation import load as plain
+
+    def stopped(path: str, **more: Any) -> Any:
+        if path == str(here / "aligned"):
+            raise KeyboardInterrupt
+        return plain(path, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("paretune.generation.load", stopped)
+        assert main(full) == 130
+        assert read_points(out) == before
+        assert main([*full, "--limit", "3"]) == 130  # other items: the old points would not belong to the new
+        assert [point.name for point in read_points(out)] == ["sft"]
+
+
 @pytest.mark.parametrize(
     ("drop", "add", "said"),
     [

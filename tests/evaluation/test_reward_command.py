@@ -55,6 +55,20 @@ def test_a_judge(files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureF
     assert "unreadable 6" in shown
 
 
+def test_a_judges_server_is_as_it_was_named(
+    files: tuple[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGES_KEY", "secret")
+    with serving(lambda *_: chat("[[7]]"), delay=0.02) as server:
+        command = ["score", files[0], "--reward", f"rating:stub@{server.url}", "--api-key-env", "JUDGES_KEY"]
+        assert main([*command, "--concurrency", "1"]) == 0
+        assert {request["authorization"] for request in server.requests} == {"Bearer secret"}
+        assert server.most == 1
+    assert "secret" not in capsys.readouterr().out
+    assert main([*command, "--timeout", "0"]) == 2
+    assert "timeout=0.0: give a positive number of seconds" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [

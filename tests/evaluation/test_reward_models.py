@@ -62,7 +62,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 def test_an_untrained_head_is_refused(tmp_path: Path, world: Path) -> None:
     with pytest.raises(pt.CheckpointError, match=r"lacks score\.weight, which would be random"):
         RewardModel(str(world / "reference"))
-    with pytest.raises(pt.CheckpointError, match="holds no config.json: give the directory of a model"):
+    with pytest.raises(pt.CheckpointError, match=r"holds no config\.json: give the directory of a model"):
         RewardModel(str(tmp_path))
     with pytest.raises(pt.CheckpointError, match="has 3 outputs"):
         RewardModel(classifier("llama", 3), make_tokenizer())

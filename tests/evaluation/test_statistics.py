@@ -19,6 +19,8 @@ from paretune.evaluation.points import ItemScores
 from paretune.evaluation.seeds import combine_seeds, crossed, mean_over_seeds
 from paretune.evaluation.statistics import (
     Sample,
+    _small_sample,
+    bca,
     bootstrap_interval,
     holm,
     interval_verdict,
@@ -114,6 +116,25 @@ def test_intervals_cover(make: Callable[[Rng], Any]) -> None:
         low, high = bootstrap_interval(samples, weights, draws=1000, seed=seed)
         hits += low <= truth <= high
     assert 0.93 <= hits / repetitions <= 0.97
+
+
+@pytest.mark.parametrize("acceleration", [0.0, 0.08, -0.15])
+def test_bca_is_efrons_formula(acceleration: float) -> None:
+    drawn = np.random.default_rng(3).exponential(size=4001)
+    centre, z = 0.75, 2.1
+    bias = stats.norm.ppf((drawn < centre).mean())
+    ends = [stats.norm.cdf(bias + (bias + s * z) / (1 - acceleration * (bias + s * z))) for s in (-1, 1)]
+    assert bca(drawn, centre, acceleration, z) == pytest.approx(tuple(np.quantile(drawn, ends)), rel=1e-9)
+
+
+def test_few_items_are_widened_as_hesterberg_says() -> None:
+    """t in place of z and √(n/(n−1)); strata of unequal size have Satterthwaite's degrees of freedom."""
+    assert _small_sample([0.3], [8], 0.95) == pytest.approx(stats.t.ppf(0.975, 7) * math.sqrt(8 / 7), rel=1e-5)
+    variances, sizes = [0.3, 0.1], [8, 30]
+    unbiased = [v * n / (n - 1) for v, n in zip(variances, sizes, strict=True)]
+    freedom = sum(unbiased) ** 2 / sum(v**2 / (n - 1) for v, n in zip(unbiased, sizes, strict=True))
+    wanted = stats.t.ppf(0.975, round(freedom, 1)) * math.sqrt(sum(unbiased) / sum(variances))
+    assert _small_sample(variances, sizes, 0.95) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_clusters_widen_the_interval() -> None:

@@ -1,4 +1,4 @@
-"""The pages docs/train*.md: every command on them runs, in their order, on what ``examples/tiny/make.py`` writes."""
+"""Commands on the pages docs/train*.md and docs/averaging.md run, in their order, after ``examples/tiny/make.py``."""
 
 from __future__ import annotations
 
@@ -46,8 +46,12 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
                 assert len((output / "sweep.jsonl").read_text().splitlines()) == 4
             else:
                 assert json.loads((output / "training.json").read_text())["status"] == "finished"
-    # what training.md says of resuming
     tiny = tmp_path / "runs" / "tiny"
+    for command in commands("averaging.md"):
+        assert main([*command, "--quiet"]) == 0, shlex.join(command)
+        assert (tmp_path / command[command.index("-o") + 1]).exists()
+    assert len(list((tiny / "averages" / "models").iterdir())) == 5 + 3  # uniform from 0 to 1, adaptive between
+    # what training.md says of resuming
     assert (tiny / "ema/model.safetensors").read_bytes() == (tiny / "ema-again/model.safetensors").read_bytes()
     # and of the plan of pairs in kto
     assert "rows: 64; batch 8; optimizer steps: 48" in capsys.readouterr().out

@@ -115,4 +115,9 @@ def test_commands_of_the_pages_are_understood(page: str) -> None:
 
 def test_no_such_model(tmp_path: Path, prompts: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", str(tmp_path / "none"), "--prompts", prompts, "-o", str(tmp_path / "G.jsonl")]) == 2
-    assert "cannot be loaded as a language model" in capsys.readouterr().err
+    assert "none: there is no such model: give a directory or a hub id" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_model(tmp_path: Path, prompts: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(tmp_path), "--prompts", prompts, "-o", str(tmp_path / "G.jsonl")]) == 2
+    assert "holds no config.json: give the directory of a model" in capsys.readouterr().err

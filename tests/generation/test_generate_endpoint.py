@@ -125,3 +125,14 @@ def test_wrong_endpoint(settings: dict[str, Any]) -> None:
         pt.Endpoint(**{"url": "http://x/v1", "model": "m", **settings})
     with pytest.raises(pt.ArgumentError, match="is no address"):
         Client(pt.Endpoint("http://host:port/v1", "m"))
+
+
+def test_requests_do_not_run_ahead_of_what_is_kept() -> None:
+    """A kill loses no more answers than are asked for at a time, however slowly they are written."""
+    asked: list[int] = []
+    with Client(pt.Endpoint("http://localhost:1/v1", "m", concurrency=3)) as client:
+        for kept, (task, _) in enumerate(client.each(range(20), asked.append)):
+            time.sleep(0.003)
+            assert task in asked
+            assert len(asked) <= kept + 3
+    assert sorted(asked) == list(range(20))

@@ -160,6 +160,25 @@ def test_absorbed_additions_are_those_of_ondare(dtype: torch.dtype) -> None:
         optimizer.load_state_dict(optimizer.state_dict())
 
 
+@pytest.mark.parametrize("mode", ["gate", "absorb"])
+def test_an_earlier_adapter_brings_its_gate_back(mode: str, tmp_path: Path) -> None:
+    """As ``load_best_model_at_end`` does it."""
+    net, tau = linear_pair()
+    model = adapted(net)
+    optimizer = pt.LoRAMerging(INNER["SGD"](trained(model)), model, tau, weight=0.1, mode=mode)
+    fit(model, optimizer, 2)
+    policy = model(torch.eye(IN))
+    model.save_pretrained(tmp_path)
+    fit(model, optimizer, 2)
+    if mode == "absorb":
+        with pytest.raises(StateError, match="absorbed"):
+            model.load_adapter(str(tmp_path), "default")
+        return
+    model.load_adapter(str(tmp_path), "default")
+    assert torch.equal(model(torch.eye(IN)), policy)
+    assert optimizer.gate == pytest.approx(0.2)
+
+
 def test_low_rank_factors_are_nearly_the_best() -> None:
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(300, 200, generator=generator) @ torch.diag(0.97 ** torch.arange(200.0))

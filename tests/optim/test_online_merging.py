@@ -225,15 +225,15 @@ def test_refusals() -> None:
     params = parameters(reference)
     with pytest.raises(ArgumentError, match="LBFGS"):
         pt.OnlineMerging(torch.optim.LBFGS(list(params.items())), vector, weight=WEIGHT)
-    with pytest.raises(ArgumentError, match="SparseAdam.*AdamW"):
+    with pytest.raises(ArgumentError, match=r"SparseAdam.*AdamW"):
         pt.OnlineMerging(torch.optim.SparseAdam(list(params.items())), vector, weight=WEIGHT)
     for option in ("capturable", "differentiable"):
         graphed = torch.optim.AdamW(list(params.items()), **{option: True})
         with pytest.raises(ArgumentError, match=f"AdamW.{option}=True"):
             pt.OnlineMerging(graphed, vector, weight=WEIGHT)
-    with pytest.raises(ArgumentError, match="decoupled.*Lion"):
+    with pytest.raises(ArgumentError, match=r"decoupled.*Lion"):
         pt.OnlineMerging(INNER["Lion"](list(params.items()), weight_decay=0.1), vector, weight=WEIGHT)
-    with pytest.raises(ArgumentError, match="torch.optim"):
+    with pytest.raises(ArgumentError, match=r"torch\.optim"):
         pt.OnlineMerging(object(), vector, weight=WEIGHT)
     with pytest.raises(ArgumentError, match="named"):
         pt.OnlineMerging(torch.optim.SGD(list(params.values()), lr=0.1), vector, weight=WEIGHT)

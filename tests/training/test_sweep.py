@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from paretune.errors import ArgumentError, PareTuneError
+from paretune.training import loss_space
 from paretune.training.sweep import directory_name, parse_axes, points, run_sweep, settings_digest
 
 KNOWN = ("density", "learning_rate", "output_dir")
@@ -84,3 +86,22 @@ def test_only_what_changes_numbers_counts() -> None:
     one = settings_digest({"learning_rate": 1e-6, "output_dir": "a", "resume_from_checkpoint": "true"})
     assert one == settings_digest({"learning_rate": 1e-6, "output_dir": "b"})
     assert one != settings_digest({"learning_rate": 2e-6, "output_dir": "a"})
+
+
+def test_fronts_are_of_one_schedule_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line joins points that differ by weight alone, in order, and what diverged is no word on an axis."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(loss_space, "_save", lambda figure, file: drawn.append(figure.axes[0]))
+    losses = {("mix", "0.1"): (1.0, 0.6), ("mix", "0.9"): (2.0, 0.2), ("mix", "0.5"): (1.5, 0.4)}
+    losses |= {("alright", "0.5"): (1.2, "nan"), ("alright", "0.1"): (1.1, 0.7)}
+    points = [
+        {"point": {"schedule": schedule, "weights.dpo": w}, "losses": {"train": {"sft": a, "dpo": b}, "eval": {}}}
+        for (schedule, w), (a, b) in losses.items()
+    ]
+    loss_space.draw_front(points, tmp_path / "front.png")
+    lines = {line.get_label(): line.get_xydata().tolist() for line in drawn[0].get_lines()}
+    assert lines["schedule mix"] == [[1.0, 0.6], [1.5, 0.4], [2.0, 0.2]]
+    assert lines["schedule alright"][0] == [1.1, 0.7]
+    assert math.isnan(lines["schedule alright"][1][1])
+    loss_space.draw_front([{**point, "point": {"weights.dpo": "0.5"}} for point in points[:3]], tmp_path / "front.png")
+    assert len(drawn[1].get_lines()) == 1

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from paretune.cli.average_learn import Bar, add_ends, add_parts, head_of, statement, whole_numbers
 from paretune.errors import ArgumentError
+from paretune.log import get
 
 if TYPE_CHECKING:
     from paretune.averaging import Ratios
@@ -59,6 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     ratios = _ratios(arguments)
     plan = plan_average(arguments.pre, arguments.post, [ratios], [], arguments.dtype)
     plan.check()
+    if ratios.extrapolates:
+        get("cli").warning("a ratio lies outside [0, 1]: there the model is extrapolated")
     if arguments.dry_run:
         print(json.dumps(ratios.to_dict()) if arguments.json else "\n".join(statement(ratios)))
         return 0

@@ -85,7 +85,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _share(arguments: argparse.Namespace, gate: Any) -> float:
     if arguments.gate is None and gate is not None and gate.masked:
-        mend = f"random parts of the task vector were absorbed, whose mean is {gate.gate:.6g} times it: give that number"
+        mend = (
+            f"random parts of the task vector were absorbed, whose mean is {gate.gate:.6g} times it: give that number"
+        )
         raise ArgumentError("gate", None, mend)
     if arguments.gate is None:
         return 0.0 if gate is None else float(gate.gate)

@@ -97,6 +97,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         default=True,
         help="measure the answers' KL to the reference, which then stays in memory beside each model",
     )
+    reward.add_argument("--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable with the judge's key")
+    reward.add_argument("--concurrency", type=int, default=8, help="requests to a judge at a time (8)")
+    reward.add_argument("--timeout", type=float, default=60.0, help="seconds for one request to a judge (60)")
     reward.add_argument("--preferences", metavar="FILE", help="pairs instead of prompts: prompt, chosen, rejected")
     reward.add_argument("--beta", type=float, default=0.1, help="of the margin (0.1)")
     parser.add_argument("-o", "--out", metavar="FILE", type=Path, help="points.jsonl to write")
@@ -140,7 +143,7 @@ def run(arguments: argparse.Namespace) -> int:
                 _write_items(arguments.items / file_name(name), capability)
 
         def keep(points: list[Measurement]) -> None:
-            write_points(out, points)
+            write_points(out, [*points, *_not_yet_met(known, points)])
             if not arguments.quiet:
                 print(line(points[-1]), file=sys.stderr)
 
@@ -272,7 +275,8 @@ def _reward(arguments: argparse.Namespace) -> RewardSource:
     if arguments.answers is not None:
         arguments.answers.mkdir(parents=True, exist_ok=True)
     verdicts = None if arguments.answers is None else arguments.answers / "verdicts.jsonl"
-    score = load_reward(kind, cache=verdicts, batch_size=arguments.batch_size)
+    server = {name: getattr(arguments, name) for name in ("api_key_env", "concurrency", "timeout")}
+    score = load_reward(kind, cache=verdicts, batch_size=arguments.batch_size, **server)
     return AnswersReward(
         questions, score, decoding, kind, arguments.answers, progress=not arguments.quiet, kl=arguments.kl
     )
@@ -312,6 +316,13 @@ def _known(out: Path, names: Sequence[str]) -> list[Measurement]:
     if others:
         raise ArgumentError("out", str(out), f"holds other points, such as {others[0]!r}: name another file")
     return known
+
+
+def _not_yet_met(known: Sequence[Measurement], points: Sequence[Measurement]) -> list[Measurement]:
+    """Points of an earlier run whose turn has not come: a run that goes on and is stopped again must not lose them."""
+    names, first = {point.name for point in points}, points[0].measured
+    same = ("suite_fingerprint", "data_fingerprint", "reward", "reference")
+    return [p for p in known if p.name not in names and all(p.measured.get(each) == first.get(each) for each in same)]
 
 
 def _write_items(folder: Path, capability: Capability) -> None:

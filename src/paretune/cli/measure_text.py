@@ -23,7 +23,6 @@ def table(points: Sequence[Measurement]) -> list[str]:
     """All points, one line each, and what is to be said of their answers."""
     from paretune.evaluation.figure import printable
 
-
     def with_interval(value: float | None, interval: tuple[float, float] | None) -> str:
         if value is None or interval is None:
             return "—"

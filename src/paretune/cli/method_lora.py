@@ -84,11 +84,12 @@ def _check_trainer(request: Request, mode: str) -> None:
     for name in ("load_in_4bit", "load_in_8bit"):
         if getattr(request.model, name):
             raise ArgumentError("lora_merging", mode, f"{name}: quantised weights cannot take it in; take gate")
-    precomputed = request.trainer == "joint" or getattr(training, "precompute_ref_log_probs", False)
-    if request.trainer in ("dpo", "kto") and not precomputed:
+    if request.trainer in ("dpo", "kto") and not getattr(training, "precompute_ref_log_probs", False):
         mend = "it would move the reference, which is read from the same weights; add --precompute_ref_log_probs true"
         raise ArgumentError("lora_merging", mode, mend)
     if request.trainer == "grpo" and getattr(training, "beta", 0):
         raise ArgumentError("lora_merging", mode, f"it would move the reference of --beta {training.beta:g}; take gate")
     if getattr(training, "load_best_model_at_end", False):
-        raise ArgumentError("lora_merging", mode, "weights that took τ in do not go back to a best checkpoint; take gate")
+        raise ArgumentError(
+            "lora_merging", mode, "weights that took τ in do not go back to a best checkpoint; take gate"
+        )

@@ -44,6 +44,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--others", metavar="FILE", help="for pairrm and judge: another model's answers")
     parser.add_argument("--cache", metavar="FILE", help="keep a judge's verdicts here, and ask for no verdict twice")
+    parser.add_argument("--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable with the judge's key")
+    parser.add_argument("--concurrency", type=int, default=8, help="requests to a judge at a time (8)")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one request to a judge (60)")
     parser.add_argument("--batch-size", type=int, default=8, help="of models; never changes a score (8)")
     parser.add_argument("-o", "--out", metavar="FILE", help="JSON lines with index, sample, instruction and score")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -67,7 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-    reward = load_reward(arguments.reward, cache=arguments.cache, batch_size=arguments.batch_size)
+    server = {name: getattr(arguments, name) for name in ("api_key_env", "concurrency", "timeout")}
+    reward = load_reward(arguments.reward, cache=arguments.cache, batch_size=arguments.batch_size, **server)
     if others is not None and not reward.pairwise:
         raise ArgumentError("others", arguments.others, f"{arguments.reward} scores each answer alone: leave it out")
     scores = score(answers, reward, others)

@@ -203,11 +203,15 @@ def _point_name(point: dict[str, str]) -> str:
 
 
 def _notices(parsed: Parsed) -> list[str]:
+    from paretune.training.joint_arguments import idle_settings
+
     found = list(parsed.overridden)
     if parsed.cpu_defaults:
         settings = ", ".join(f"{name}={str(value).lower()}" for name, value in parsed.cpu_defaults.items())
         found.append(f"training on the CPU, so these unset arguments become {settings}")
     request = parsed.request
+    if request.trainer == "joint":
+        found += idle_settings(request.script, request.given)
     if request.trainer == "grpo" and not getattr(request.training, "beta", 0):
         found.append("grpo's beta is 0, TRL's default: no KL term holds the policy to the reference (--beta 0.04)")
     return found

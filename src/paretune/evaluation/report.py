@@ -315,7 +315,8 @@ def _pair(interval: tuple[float, float] | None, scale: float) -> str:
 
 
 def _price(value: float) -> str:
-    return f"{value:.2f}".replace("-", "−")
+    text = f"{value:.2f}"
+    return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
 
 
 def _measured(value: float | None, interval: tuple[float, float] | None, scale: float, verdict: str = "") -> Cell:

@@ -168,7 +168,9 @@ class Callback:
         return {"reward": self.name, "kind": "function", "fingerprint": self.fingerprint}
 
 
-def load_reward(text: str, *, cache: str | os.PathLike[str] | None = None, batch_size: int = 8) -> Reward:
+def load_reward(
+    text: str, *, cache: str | os.PathLike[str] | None = None, batch_size: int = 8, **server: Any
+) -> Reward:
     """The reward that a flag names.
 
     Args:
@@ -176,6 +178,7 @@ def load_reward(text: str, *, cache: str | os.PathLike[str] | None = None, batch
             ``rating:NAME@URL`` (1 to 10), ``file.py:function`` or ``module:function``.
         cache: a file that keeps a judge's verdicts.
         batch_size: of models.
+        server: of a judge's server: ``api_key_env``, ``concurrency``, ``timeout``, as in `Endpoint`.
 
     Raises:
         ArgumentError: the text names no reward.
@@ -199,7 +202,7 @@ def load_reward(text: str, *, cache: str | os.PathLike[str] | None = None, batch
         name, at, url = rest.rpartition("@")
         if not at:
             raise ArgumentError("reward", text, f"write {kind}:NAME@http://host:port/v1")
-        return (PairwiseJudge if kind == "judge" else RatingJudge)(Endpoint(url, name), cache=cache)
+        return (PairwiseJudge if kind == "judge" else RatingJudge)(Endpoint(url, name, **server), cache=cache)
     return Callback(_function(text), text)
 
 

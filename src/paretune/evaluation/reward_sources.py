@@ -60,7 +60,7 @@ class AnswersReward:
         self._kl, self._met = kl, False
         self._kept: tuple[Any, Any] | None = None  # for the KL: the reference and its tokenizer
         self.relative = reward.pairwise or kl
-        self.record = {
+        self.record: dict[str, Any] = {
             "source": source,
             "how": reward.record(),
             "unit": reward.unit,
@@ -152,7 +152,7 @@ class PreferencesReward:
         self.pairs, self.beta, self.accuracy, self.batch_size = list(pairs), beta, accuracy, batch_size
         self._margins: DPOMargin | None = None
         content = [(item.prompt, item.answer, item.other) for item in self.pairs]
-        self.record = {
+        self.record: dict[str, Any] = {
             "source": "dpo-accuracy" if accuracy else "dpo-margin",
             "unit": "share of pairs" if accuracy else "nats",
             "beta": beta,

@@ -18,7 +18,7 @@
 #define PUBLIC __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
 
-enum { TILE = 512, LINE = 16, LINES = 512, DIGITS = 2048, PAGE = 65536 };
+enum { TILE = 512, LINE = 16, LINES = 256, DIGITS = 2048, PAGE = 65536 };
 enum { WEIGHTED_SUM, ELECTION_WEIGHTED, ELECTION_UNWEIGHTED };
 
 static const uint32_t MAGNITUDE_BITS = 0x7FFFFFFF, INFINITE = 0x7F800000;
@@ -45,7 +45,7 @@ struct parameter {
     int64_t gradient_half, n;
 };
 
-/* F(τ): positions and values; positions ascending, or within pages of 65,536 as paretune.optim.sparse has them. */
+/* F(τ): values and positions, ascending: plain (paretune_add_at), or within pages of 65,536 as paretune.optim.sparse has them. */
 struct kept {
     const int64_t *index;
     const int16_t *local;
@@ -197,24 +197,21 @@ INLINE void add_rest(const struct adam *adam, const struct parameter *p, struct 
     for (; c->at != INT64_MAX; step_on(c)) add(p, c->at, consensus(adam, 0, tau_value(adam, c)));
 }
 
-/* θ += C(δ at `index`, τ), δ from the moments as they are. */
-PUBLIC void paretune_add_at(const struct adam *adam, const struct parameter *p, const int64_t *index, int64_t count,
-                            const struct kept *tau)
+/* Moments, and θ += C(δ at `index`, τ) while they are in the cache. */
+PUBLIC EACH_PROCESSOR void paretune_add_at(const struct adam *adam, const struct parameter *p, const int64_t *index,
+                                           int64_t count, const struct kept *tau)
 {
-    enum { AHEAD = 24 };
-    int64_t width = p->low ? 2 : 4;
+    enum { AHEAD = 8 };
+    int64_t width = p->low ? 2 : 4, i = 0;
     struct cursor c = first(tau);
-    for (int64_t i = 0; i < count; i++) {
-        if (i + AHEAD < count) {
-            int64_t then = index[i + AHEAD];
-            __builtin_prefetch(p->mean + then);
-            __builtin_prefetch(p->square + then);
-            __builtin_prefetch(p->theta + then * width, 1);
-            if (p->low) __builtin_prefetch(p->low + then, 1);
+    for (int64_t at = 0; at < p->n; at += TILE) {
+        int n = p->n - at < TILE ? (int)(p->n - at) : TILE;
+        advance_tile(adam, p, at, n);
+        for (; i < count && index[i] < at + n; i++) {
+            if (i + AHEAD < count) __builtin_prefetch(p->theta + index[i + AHEAD] * width, 1);
+            if (c.next + AHEAD < tau->count) __builtin_prefetch(p->theta + tau->index[c.next + AHEAD] * width, 1);
+            add_own(adam, p, &c, index[i], update(adam, p->mean[index[i]], p->square[index[i]]));
         }
-        if (tau->index && c.next + AHEAD < tau->count) __builtin_prefetch(p->theta + tau->index[c.next + AHEAD] * width, 1);
-        int64_t at = index[i];
-        add_own(adam, p, &c, at, update(adam, p->mean[at], p->square[at]));
     }
     add_rest(adam, p, &c);
 }
@@ -366,31 +363,48 @@ INLINE void choose(const struct adam *adam, const struct parameter *p, int64_t k
     found->count = count;
 }
 
+/* Where to look: a varying place within each stride does not fall into step with the rows of a matrix. */
+INLINE int64_t place(const struct parameter *p, int64_t line)
+{
+    int64_t stride = p->n / LINES;
+    return line * stride + (int64_t)((uint32_t)line * 2654435761u >> 8) % (stride - LINE + 1);
+}
+
 /* Magnitudes that δ will have after this step, at LINES places spread over the parameter. */
 INLINE void sample(const struct adam *adam, const struct parameter *p, float *out)
 {
-    int64_t stride = p->n / LINES;
-    for (int64_t line = 0; line < LINES; line++, out += LINE) {
-        /* a varying place within each stride does not fall into step with the rows of a matrix */
-        int64_t at = line * stride + (int64_t)((uint32_t)line * 2654435761u >> 8) % (stride - LINE + 1);
+    enum { AHEAD = 12 };
+    int64_t width = p->gradient_half ? 2 : 4;
+    for (int64_t line = 0; line < LINES + AHEAD; line++) {
+        if (line < LINES) {
+            int64_t at = place(p, line);
+            for (int64_t i = 0; i < LINE + 15; i += 16) {
+                int64_t then = at + (i < LINE ? i : LINE - 1);
+                __builtin_prefetch(p->mean + then);
+                __builtin_prefetch(p->square + then);
+                __builtin_prefetch(p->gradient + then * width);
+            }
+        }
+        if (line < AHEAD) continue;
+        int64_t at = place(p, line - AHEAD);
         float g[TILE], m[LINE], v[LINE];
         gradients(p, at, LINE, g);
         memcpy(m, p->mean + at, sizeof m);
         memcpy(v, p->square + at, sizeof v);
         advance(adam, LINE, g, m, v);
-        for (int i = 0; i < LINE; i++) out[i] = update(adam, m[i], v[i]);
+        for (int i = 0; i < LINE; i++) *out++ = update(adam, m[i], v[i]);
     }
 }
 
 /* Moments, F(δ) = the k largest, θ += C(F(δ), τ). `index` and `values` have room for `size` ≥ k + TILE entries, and
-   for n + TILE where n ≤ 2·LINE·LINES. Returns how many entries of δ were kept. */
+   for n + TILE where n ≤ 4·LINE·LINES. Returns how many entries of δ were kept. */
 PUBLIC EACH_PROCESSOR int64_t paretune_add_largest(const struct adam *adam, const struct parameter *p, int64_t k,
                                                    const struct kept *tau, int32_t *index, float *values,
                                                    int64_t size)
 {
     struct found found = {index, values, 0, size};
     int done = 0, moving = 1;
-    if (p->n <= 2 * LINE * LINES) {
+    if (p->n <= 4 * LINE * LINES) {
         collect(adam, p, 1, moving, &found); /* all but zeros */
         done = 1;
         if (found.count > k) choose(adam, p, k, 1, &found);

@@ -5,6 +5,7 @@ from .child_tuning import ChildTuning
 from .ema import EMA
 from .fisher import fisher_information
 from .loading import load_sharded
+from .galore import GaLoreAdamW
 from .lora import LoRAMerging
 from .merging import OnlineMerging
 from .online import OnDARE, OnTIES
@@ -13,6 +14,7 @@ __all__ = [
     "EMA",
     "Anchor",
     "ChildTuning",
+    "GaLoreAdamW",
     "LoRAMerging",
     "OnDARE",
     "OnTIES",

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators import Magnitude
 from .adamw import AdamUpdate, update_moments
 from .kernels import Compiled, compiled
 from .parts import local, part_of
@@ -64,6 +63,7 @@ class GroupStep:
             group["betas"],
             group["eps"],
             released=self._released,
+            rounded=not self._exact,
         )
         self.pieces.append(Piece(name, update, part))
         self._weights.append(weights_of(p, state.get("master_low")))
@@ -72,6 +72,11 @@ class GroupStep:
     @property
     def _released(self) -> bool:
         return self.group["variant"] == "released"
+
+    @property
+    def _exact(self) -> bool:
+        """Whether the steps must have the bits of ``AdamW(foreach=False)``."""
+        return self.group["density"] == 1 or self.group["every"] > 1
 
     def _updates(self) -> list[AdamUpdate]:
         return [piece.update for piece in self.pieces if isinstance(piece.update, AdamUpdate)]
@@ -94,8 +99,7 @@ class GroupStep:
         group, updates, gradients = self.group, self._updates(), self._gradients
         left = set(range(len(updates)))
         if self._kernels is not None:
-            if isinstance(self.rule.sparsify, Magnitude):  # one pass for the moments and the largest: in the merge
-                left.difference_update(self._by_kernel)
+            left.difference_update(self._by_kernel)  # one pass for moments and merge: `apply`
             known = [i for i in sorted(left) if self._kernels.knows(updates[i], gradients[i])]
             self._kernels.moments([updates[i] for i in known], [gradients[i] for i in known])
             left.difference_update(known)
@@ -105,14 +109,20 @@ class GroupStep:
             [updates[i].square for i in rest],
             [gradients[i] for i in rest],
             group["betas"],
-            exact=group["density"] == 1 or group["every"] > 1,
+            exact=self._exact,
         )
         for weight, update, pending in zip(self._weights, updates, self._pending, strict=True):
             if self._decay != 1 and not self._released:  # torch decays before the update, the released code after it
-                weight.scale(self._decay)
+                self._scale(weight)
             if self.due and pending is not None:  # Step-K: roll back to the last merge, merge everything since
                 update.pending = pending
                 weight.add(pending.neg())
+
+    def _scale(self, weight: Weights) -> None:
+        if self._kernels is None:
+            weight.scale(self._decay)
+        else:
+            self._kernels.scale(weight, self._decay)
 
     def apply(self, tau: Tau, agreed: Mapping[str, Agreed]) -> None:
         """The merge where it is due, the plain update where it is not. ``agreed``: from `agree`."""
@@ -128,7 +138,7 @@ class GroupStep:
             if self.due and pending is not None:
                 pending.zero_()
             if self._decay != 1 and self._released:
-                weight.scale(self._decay)
+                self._scale(weight)
             weight.finish()
         self.group["calls"] += 1
 

@@ -24,6 +24,7 @@ _KINDS = {
     "row_var": "moments",
     "col_var": "moments",
     "variance": "moments",
+    "basis": "moments",
     "master_low": "master",
     "pending": "pending",
 }

@@ -23,14 +23,16 @@ from .wrapper import OptimizerWrapper, require_dense
 
 _LOG = log.get("optim")
 # Optimizers of torch and torchao that decay weights apart from the gradient; Adam, NAdam and RAdam say it in groups.
-_DECOUPLED = frozenset({"AdamW", "Adafactor", "Muon", "AdamW8bit", "AdamW4bit", "AdamWFp8"})
-_WHOLE_ONLY = frozenset({"Adafactor", "Muon"})  # torch's own fail on sharded parameters (2.13)
+_DECOUPLED = frozenset({"AdamW", "Adafactor", "Muon", "AdamW8bit", "AdamW4bit", "AdamWFp8", "GaLoreAdamW"})
+_WHOLE_ONLY = frozenset({"Adafactor", "Muon", "GaLoreAdamW"})  # torch's own fail on sharded parameters (2.13)
 _REFUSED = {
     "capturable": "a captured CUDA graph would repeat the masks of one step: leave it out",
     "differentiable": "merging is not differentiated: leave it out",
 }
 _COUPLED = frozenset({"SGD", "ASGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Rprop"}) | {
-    "Adam8bit", "Adam4bit", "AdamFp8"
+    "Adam8bit",
+    "Adam4bit",
+    "AdamFp8",
 }
 
 

@@ -191,7 +191,7 @@ def factors(matrix: Tensor, rank: int | None, name: str) -> tuple[Tensor, Tensor
         u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     else:
         generator = torch.Generator().manual_seed(mask_key(0, 0, "svd", name) >> 1)
-        q = torch.linalg.qr(matrix @ torch.randn(matrix.shape[1], rank + _EXTRA, generator=generator)).Q
+        q = torch.linalg.qr(matrix @ torch.randn(matrix.shape[1], rank + _EXTRA, generator=generator).to(matrix)).Q
         for _ in range(_ROUNDS):
             q = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ q).Q).Q
         u, s, v = torch.linalg.svd(q.T @ matrix, full_matrices=False)

@@ -42,7 +42,7 @@ class RunArguments:
     rescale: Literal["none", "expectation", "l1"] | None = _argument("Rescaling after sparsifying.")
     clip: float | None = _argument("Clamp of the released OnDARE.")
     lora_merging: Literal["gate", "absorb"] | None = _argument(
-        "How --use_peft takes the task vector in: 'gate' (default) beside the adapter, 'absorb' into the frozen weights."
+        "How --use_peft takes the task vector in: 'gate' (default) beside the adapter, 'absorb' into the weights."
     )
     tau_rank: int | None = _argument(
         "Rank of the task vector beside a LoRA adapter while it trains (default 16, 0 for all of it)."

@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations`: TRL's argument parser resolves these types at run time.
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -148,6 +149,28 @@ def check_rehearsal(joint: JointArguments) -> None:
         raise ArgumentError("rehearse_nll", joint.rehearse_nll, "give a share in [0, 1)")
 
 
+def idle_settings(joint: JointArguments, given: Mapping[str, Any]) -> list[str]:
+    """Settings of other schedules than the run's, as notices: one command line may serve every schedule.
+
+    Args:
+        joint: parsed.
+        given: the arguments that were set.
+    """
+    maxright = joint.schedule == "maxright"
+    ideals = maxright or joint.stop_within is not None
+    rules = {
+        "weight_preference": (joint.schedule in SCHEDULES[:3], "mix, alright and maxright"),
+        "refresh_every": (maxright, "maxright"),
+        "ideal_sft": (ideals, "maxright and --stop_within"),
+        "ideal_preference": (ideals, "maxright and --stop_within"),
+    }
+    return [
+        f"{name}={given[name]} is not used by --schedule {joint.schedule}, but by {users}"
+        for name, (is_used, users) in rules.items()
+        if given.get(name) is not None and not is_used
+    ]
+
+
 def unread_joint(joint: JointArguments, training: Any) -> dict[str, tuple[bool, str]]:
     """Arguments of joint training: whether this run reads each, and what to do where it does not.
 
@@ -155,19 +178,13 @@ def unread_joint(joint: JointArguments, training: Any) -> dict[str, tuple[bool, 
         joint: parsed.
         training: the run's configuration.
     """
-    maxright, kto = joint.schedule == "maxright", joint.preference_loss == "kto"
-    weighs = joint.schedule in ("mix", "alright", "maxright")
-    ideals = maxright or joint.stop_within is not None
+    kto = joint.preference_loss == "kto"
     evaluation = "nothing is evaluated; add --eval_strategy epoch or steps, or drop it"
     return {
         **{
             name: (joint.rehearse is not None, "it needs --rehearse")
             for name in ("rehearse_seeds", "rehearse_count", "rehearse_max_new_tokens", "rehearse_nll")
         },
-        "weight_preference": (weighs, "it needs --schedule mix, alright or maxright"),
-        "refresh_every": (maxright, "it needs --schedule maxright"),
-        "ideal_sft": (ideals, "it needs --schedule maxright or --stop_within"),
-        "ideal_preference": (ideals, "it needs --schedule maxright or --stop_within"),
         "sft_eval_dataset": (evaluates(training), evaluation),
         "preference_eval_dataset": (evaluates(training), evaluation),
         "label_smoothing": (joint.preference_loss == "sigmoid", "it needs --preference_loss sigmoid"),

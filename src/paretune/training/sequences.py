@@ -355,7 +355,9 @@ def _check_left(left: int, rows: int, max_length: int | None, name: str) -> None
     if left == 0:
         raise DataError(f"{name}: the prompts alone fill max_length={max_length} in every row; raise max_length")
     if left < rows:
-        _logger.warning(f"{name}: {rows - left} of {rows} rows are left out, their prompts fill max_length={max_length}")
+        _logger.warning(
+            f"{name}: {rows - left} of {rows} rows are left out, their prompts fill max_length={max_length}"
+        )
 
 
 def _marked(prompt: list[int], answer: list[int], max_length: int | None) -> tuple[list[int], list[bool]]:

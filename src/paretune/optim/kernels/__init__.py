@@ -8,6 +8,8 @@ from __future__ import annotations
 from ...native import kernels
 from .step import Compiled
 
+__all__ = ["Compiled", "compiled"]
+
 
 def compiled() -> Compiled | None:
     """The compiled kernels, or None where torch's operations do the work.

@@ -26,7 +26,7 @@ from ..tau import Tau
 from ..weights import Weights
 
 _TILE = 512  # as in optimizer.c
-_SMALL = 1 << 14  # up to this size all elements are candidates: 2·LINE·LINES there
+_SMALL = 1 << 14  # up to this size all elements are candidates: 4·LINE·LINES there
 _SHARE = 1 << 20  # elements that one thread takes at a time
 _LARGEST = 2**31 - _TILE  # positions are stored in 32 bits
 
@@ -50,7 +50,7 @@ class Compiled:
         )
 
     def merges(self, rule: Rule, piece: Piece, weights: Weights) -> bool:
-        """Whether the merge of a parameter whose moments it computes is its as well."""
+        """Whether the merge of a parameter that it `knows` is its as well."""
         rule, n = rule.for_size(piece.part.whole), piece.part.n
         return (
             not piece.part.sharded
@@ -73,6 +73,14 @@ class Compiled:
                 tasks.append(partial(self._library.paretune_moments, adam, ctypes.byref(area)))
         _run(tasks, sum(update.n for update in updates))
 
+    def scale(self, weights: Weights, factor: float) -> None:
+        """θ ← factor·θ."""
+        if weights.low is None or weights.flat.device.type != "cpu":
+            weights.scale(factor)  # one operation of torch
+            return
+        area = Parameter(theta=weights.flat.data_ptr(), low=weights.low.data_ptr(), n=weights.n)
+        self._library.paretune_scale(ctypes.byref(area), factor)
+
     def merge(
         self,
         rule: Rule,
@@ -83,20 +91,27 @@ class Compiled:
         weight: float,
         call: int,
     ) -> None:
-        """θ += C(F(δ), F(τ)) of parameters that `merges` accepted; for Magnitude the moments as well.
+        """The moments, and θ += C(F(δ), F(τ)), of parameters that `knows` and `merges` accepted.
 
         Args:
             rule: the merge.
             pieces: the parameters' names and updates.
             weights: θ.
-            gradients: g, flat; only for Magnitude.
+            gradients: g, flat.
             tau: the task vector.
             weight: α.
             call: the step, which keys the masks.
         """
         if isinstance(rule.sparsify, Random):
             for batch in rule.batches(pieces):
-                self._add_at(rule, [pieces[i] for i in batch], [weights[i] for i in batch], tau, weight, call)
+                some = [(pieces[i], weights[i], gradients[i]) for i in batch]
+                own, other, values = rule.drawn([piece for piece, _, _ in some], tau, call)
+                theirs = zip(other, values.split([index.numel() for index in other]), strict=True)
+                drawn = [
+                    partial(self._add_at, rule, *one, index, *entries, weight)
+                    for one, index, entries in zip(some, own, theirs, strict=True)
+                ]
+                _run(drawn, sum(piece.part.n for piece, _, _ in some))
             return
         density = rule.sparsify.density
         tasks = []
@@ -106,21 +121,25 @@ class Compiled:
         _run(tasks, sum(piece.part.n for piece in pieces))
 
     def _add_at(
-        self, rule: Rule, pieces: Sequence[Piece], weights: Sequence[Weights], tau: Tau, weight: float, call: int
+        self,
+        rule: Rule,
+        piece: Piece,
+        theta: Weights,
+        gradient: Tensor,
+        index: Tensor,
+        places: Tensor,
+        values: Tensor,
+        weight: float,
     ) -> None:
-        own, other, values = rule.drawn(pieces, tau, call)
-        begin = 0
-        for piece, theta, index, theirs in zip(pieces, weights, own, other, strict=True):
-            update = _adam_update(piece)
-            stored = Kept(theirs.data_ptr(), None, None, values[begin:].data_ptr(), theirs.numel())
-            begin += theirs.numel()
-            self._library.paretune_add_at(
-                ctypes.byref(_adam(update, rule, weight)),
-                ctypes.byref(_parameter(update, None, theta, 0, update.n)),
-                index.data_ptr(),
-                index.numel(),
-                ctypes.byref(stored),
-            )
+        update = _adam_update(piece)
+        entries = Kept(places.data_ptr(), None, None, values.data_ptr(), places.numel())
+        self._library.paretune_add_at(
+            ctypes.byref(_adam(update, rule, weight)),
+            ctypes.byref(_parameter(update, gradient, theta, 0, update.n)),
+            index.data_ptr(),
+            index.numel(),
+            ctypes.byref(entries),
+        )
 
     def _add_largest(
         self, rule: Rule, piece: Piece, theta: Weights, gradient: Tensor, stored: SparseVector, weight: float
@@ -168,17 +187,15 @@ def _adam(update: AdamUpdate, rule: Rule | None = None, weight: float = 0.0) -> 
     return adam
 
 
-def _parameter(
-    update: AdamUpdate, gradient: Tensor | None, weights: Weights | None, start: int, stop: int
-) -> Parameter:
+def _parameter(update: AdamUpdate, gradient: Tensor, weights: Weights | None, start: int, stop: int) -> Parameter:
     """Addresses; the caller holds the tensors."""
     return Parameter(
         theta=None if weights is None else weights.flat.data_ptr(),
         low=None if weights is None or weights.low is None else weights.low.data_ptr(),
         mean=update.mean.data_ptr() + 4 * start,
         square=update.square.data_ptr() + 4 * start,
-        gradient=None if gradient is None else gradient.data_ptr() + gradient.element_size() * start,
-        gradient_half=gradient is not None and gradient.dtype == torch.bfloat16,
+        gradient=gradient.data_ptr() + gradient.element_size() * start,
+        gradient_half=gradient.dtype == torch.bfloat16,
         n=stop - start,
     )
 
