@@ -64,7 +64,7 @@ def test_it_learns_a_low_rank_task() -> None:
     generator = torch.Generator().manual_seed(0)
     target = torch.randn(64, 2, generator=generator) @ torch.randn(2, 48, generator=generator)
     p = torch.nn.Parameter(torch.zeros(64, 48))
-    optimizer = pt.GaLoreAdamW([p], lr=0.1, rank=4, refresh=20)
+    optimizer = pt.GaLoreAdamW([p], lr=0.5, rank=4, refresh=20)
     losses = []
     for _ in range(300):
         optimizer.zero_grad()

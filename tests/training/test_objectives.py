@@ -193,6 +193,11 @@ def test_every_assistant_turn_counts(template: str) -> None:
     assert marked(sequences, 0, tokenizer) == ["likes", "the", "dog", "<eos>", "yes", "please", "<eos>"]
 
 
+def test_a_row_of_one_token_has_nothing_to_predict() -> None:
+    sequences = sft_rows(Dataset.from_list([{"input_ids": [5]}, {"input_ids": [5, 6]}]), None, None, name="chats")
+    assert sequences.lengths.tolist() == [2]
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     tokenizer = tiny_models.make_tokenizer()
     plain_template = tokenizer.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")

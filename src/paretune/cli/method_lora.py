@@ -87,7 +87,7 @@ def _check_trainer(request: Request, mode: str) -> None:
     if request.trainer in ("dpo", "kto") and not getattr(training, "precompute_ref_log_probs", False):
         mend = "it would move the reference, which is read from the same weights; add --precompute_ref_log_probs true"
         raise ArgumentError("lora_merging", mode, mend)
-    if request.trainer == "grpo" and getattr(training, "beta", 0):
+    if request.trainer == "grpo" and getattr(training, "beta", None):
         raise ArgumentError("lora_merging", mode, f"it would move the reference of --beta {training.beta:g}; take gate")
     if getattr(training, "load_best_model_at_end", False):
         raise ArgumentError(

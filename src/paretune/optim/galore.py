@@ -76,7 +76,7 @@ class GaLoreAdamW(Optimizer):
         super().__init__(params, {**group, "rank": rank, "refresh": refresh, "scale": scale})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step.
 
         Args:

@@ -79,10 +79,10 @@ def draw_front(points: Sequence[Mapping[str, Any]], file: Path) -> None:
     if len(names) < 2:
         return
     figure, axes = _figure(names)
-    axes.set_title(f"{split} rows; lower left is better", fontsize=9)
-    axes.margins(x=0.2, y=0.1)  # room for the words beside points
     swept = list(points[0]["point"])
     along = next((axis for axis in swept if axis.startswith("weights.") or axis == "weight_preference"), swept[0])
+    axes.set_title(f"{split} rows; lower left is better; beside each point: {along}", fontsize=9)
+    axes.margins(0.1)  # room for that
     fronts: dict[str, list[tuple[list[float], str]]] = {}
     for each in points:
         place = [float(each["losses"][split][name]) for name in names]  # what is not finite is text in records
@@ -92,7 +92,7 @@ def draw_front(points: Sequence[Mapping[str, Any]], file: Path) -> None:
         front.sort()
         axes.plot(*zip(*(place for place, _ in front), strict=True), "o-", color=f"C{number}", lw=0.8, label=others)
         for place, value in front:
-            axes.annotate(f"{along} {value}", (place[0], place[1]), textcoords="offset points", xytext=(5, 4), size=7)
+            axes.annotate(value, (place[0], place[1]), textcoords="offset points", xytext=(5, 4), size=7)
     if swept != [along]:
         axes.legend(frameon=False, fontsize=8)
     _save(figure, file)
