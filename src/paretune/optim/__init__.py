@@ -4,8 +4,8 @@ from .anchor import Anchor
 from .child_tuning import ChildTuning
 from .ema import EMA
 from .fisher import fisher_information
-from .loading import load_sharded
 from .galore import GaLoreAdamW
+from .loading import load_sharded
 from .lora import LoRAMerging
 from .merging import OnlineMerging
 from .online import OnDARE, OnTIES
