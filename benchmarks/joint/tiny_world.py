@@ -6,7 +6,7 @@
 One JSON line a model; what is there is not made again. Reward and skills are in points of 100, the losses those of
 the final model on the dialogues and pairs that it trained on. The table has the mean over seeds of each joint run
 minus each sequential one on the same seed, with a 95% t interval over seeds; a run dominates when one of the two is
-better by its interval and the other is not worse by its interval.
+better by its interval and the interval of the other excludes a loss of more than 2 points.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from paretune.demo.world import World
 
 WEIGHTS = (0.1, 0.25, 0.5, 0.75, 0.9)
 METRICS = ("reward", "skills", "sft", "dpo")
+MARGIN = 2.0  # points: a loss that is called none
 
 
 def rows() -> list[Row]:
@@ -107,10 +108,13 @@ def table(out: Path) -> str:
             for metric in ("reward", "skills"):
                 low, mean, high = interval([last[seed, key][metric] - last[seed, order][metric] for seed in seeds])
                 cells.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]")
-                verdicts.append((low > 0, high < 0))
+                verdicts.append((low > 0, high < 0, low > -MARGIN))
             better, worse = any(v[0] for v in verdicts), any(v[1] for v in verdicts)
             verdict = {(True, False): "yes", (False, True): "no, worse", (True, True): "no, a trade"}
-            shown.append(f"| {key} | {cells[0]} | {cells[1]} | {verdict.get((better, worse), 'not resolved')} |")
+            told = verdict.get((better, worse), "not resolved")
+            if told == "yes" and not all(v[2] for v in verdicts):
+                told = "better in one, the other not resolved"
+            shown.append(f"| {key} | {cells[0]} | {cells[1]} | {told} |")
     return "\n".join(shown)
 
 

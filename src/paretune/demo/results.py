@@ -60,7 +60,9 @@ def summarize(records: Sequence[Sequence[Sequence[dict[str, Any]]]], seeds: Sequ
 def label(point: dict[str, Any]) -> str:
     """A point's method with its hyper-parameters, for tables and pictures."""
     said = ("merge", "ratio", *(("mode",) if str(point["method"]).startswith("ChildTuning") else ()))  # by the method
-    named = {k: v for k, v in point["hyperparameters"].items() if k not in said}
+    if "parametrization" in point["hyperparameters"]:
+        said = (*said, "ratios")  # learned, and others on every seed; so are the steps on each objective
+    named = {k: v for k, v in point["hyperparameters"].items() if k not in said and not isinstance(v, dict)}
     shown = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in named.items())
     return f"{point['method']} ({shown})" if shown else str(point["method"])
 
