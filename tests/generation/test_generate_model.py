@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -257,3 +258,16 @@ def test_wrong_arguments(made: tuple[Any, Any], arguments: dict[str, Any], says:
 def test_wrong_decoding(settings: dict[str, Any]) -> None:
     with pytest.raises(pt.ArgumentError, match=next(iter(settings))):
         pt.Decoding(**{"max_new_tokens": 4, **settings})
+
+
+def test_an_adapter_beside_a_task_vector_is_refused(tmp_path: Path) -> None:
+    """Alone it is another model than the one that was trained."""
+    from paretune.generation.local import check_model
+
+    (tmp_path / "adapter_config.json").write_text("{}")
+    check_model(str(tmp_path))
+    (tmp_path / "tau_gate.json").write_text('{"gate": 0.0}')
+    check_model(str(tmp_path))
+    (tmp_path / "tau_gate.json").write_text('{"gate": 0.25}')
+    with pytest.raises(pt.CheckpointError, match=r"0\.25 of the task vector.*export-adapter"):
+        check_model(str(tmp_path))

@@ -56,6 +56,23 @@ def check_model(path: str) -> None:
         raise CheckpointError(f"{path}: there is no such model: give a directory or a hub id")
     if place.exists() and not any((place / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise CheckpointError(f"{path}: holds no config.json: give the directory of a model")
+    _refuse_gated(place)
+
+
+def _refuse_gated(place: Path) -> None:
+    """An adapter trained beside a task vector is, alone, another model than the one that was trained."""
+    file = place / "tau_gate.json"
+    if not file.is_file():
+        return
+    try:
+        gate = float(json.loads(file.read_bytes())["gate"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: not the gate of an adapter ({error!r})") from None
+    if gate:
+        raise CheckpointError(
+            f"{place}: its policy has {gate:g} of the task vector, which the adapter alone leaves out: write the whole "
+            "model with paretune export-adapter"
+        )
 
 
 def _device(wanted: str | None) -> torch.device:
