@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any
 
+from paretune.cli.answering import add_answering, open_source
 from paretune.errors import ArgumentError
 
 _EXAMPLES = """\
@@ -52,26 +52,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="count equal completions of a prompt once",
     )
     parser.add_argument("--finished-only", action="store_true", help="leave out samples cut at --max-new-tokens")
-    parser.add_argument("--raw", action="store_true", help="continue text as it stands, without the chat template")
-    parser.add_argument("--limit", type=int, help="only the first so many prompts")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="the longest completion (256)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the sampling (1)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the smallest set of this probability (1)")
-    parser.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens (0: all)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a completion; repeat it")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
-    parser.add_argument("--batch-size", type=int, default=8, help="completions at once; never changes the draws (8)")
-    parser.add_argument(
-        "--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="of the model"
-    )
-    parser.add_argument("--device", help="where the model runs; the accelerator where there is one")
-    parser.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server, as http://localhost:8000/v1")
-    parser.add_argument(
-        "--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable with the server's key"
-    )
-    parser.add_argument("--concurrency", type=int, default=8, help="requests at a time (8)")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one request (60)")
-    parser.add_argument("--retries", type=int, default=5, help="further attempts at a request (5)")
+    add_answering(parser, answer="completion", max_new_tokens=256, temperature=1.0)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.set_defaults(run=run)
@@ -90,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.limit is not None and arguments.limit < 1:
         raise ArgumentError("limit", arguments.limit, "give at least 1")
     reward = load_reward(arguments.reward) if arguments.scores is None else arguments.scores
-    source, tokenizer, chat = _source(arguments)
+    source, tokenizer, chat = open_source(arguments)
     same = ("n", "keep", "threshold", "top_share", "deduplicate", "finished_only", "max_new_tokens", "temperature")
     options = {
         name: getattr(arguments, name) for name in (*same, "top_p", "top_k", "stop", "seed", "batch_size", "out")
@@ -111,25 +92,3 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{len(rows)} samples of {len(set(rows['index']))} prompts kept, mean score {mean:.4g}")
     print(arguments.out)
     return 0
-
-
-def _source(arguments: argparse.Namespace) -> tuple[Any, Any, bool]:
-    """What answers, its tokenizer, and whether prompts are made conversations."""
-    from paretune.generation import Endpoint, load
-
-    if arguments.endpoint is not None:
-        endpoint = Endpoint(
-            arguments.endpoint,
-            arguments.model,
-            api_key_env=arguments.api_key_env,
-            concurrency=arguments.concurrency,
-            timeout=arguments.timeout,
-            retries=arguments.retries,
-        )
-        return endpoint, None, not arguments.raw
-    if arguments.quiet or not sys.stderr.isatty():
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-    model, tokenizer = load(arguments.model, dtype=arguments.dtype, device=arguments.device)
-    return model, tokenizer, not arguments.raw and bool(tokenizer.chat_template)
