@@ -1,6 +1,9 @@
 """Tables from records.jsonl: skills at equal reward, by world and seed, and what share of AdamW's tax is removed.
 
-python benchmarks/cures/table.py [--reward 85] [--records benchmarks/cures/records.jsonl]
+python benchmarks/cures/table.py [--reward 85] [--level adamw|common] [--records benchmarks/cures/records.jsonl]
+
+A world's reward is read per seed: --reward, or less where AdamW over its learning rates reaches less; with `--level
+common` also less where self-rehearsal or real replay reach less, so that none of the three is missing.
 """
 
 from __future__ import annotations
@@ -51,21 +54,30 @@ def interval(values: list[float], draws: int = 4000) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reward", type=float, default=85.0, help="in points of 100; less where AdamW reaches less")
+    parser.add_argument("--level", choices=("adamw", "common"), default="adamw")
     parser.add_argument("--records", type=Path, default=Path(__file__).parent / "records.jsonl")
     options = parser.parse_args()
     lines = [json.loads(line) for line in options.records.read_text().splitlines()]
     everything = curves(lines)
     for world in dict.fromkeys(name for name, _ in everything):
         seeds = sorted(seed for name, seed in everything if name == world)
-        print("\n".join(table(world, {seed: everything[world, seed] for seed in seeds}, options.reward)) + "\n")
-    print("\n".join(ratios(lines)))
+        print("\n".join(table(world, {seed: everything[world, seed] for seed in seeds}, options)) + "\n")
+    print("\n".join(beside_replay(everything, options.reward)) + "\n")
+    print("\n".join(gate_beside_scaling(everything, lines)) + "\n")
     print("\n".join(costs(lines)))
 
 
-def table(world: str, by_seed: dict[int, dict[str, Curve]], wanted: float) -> list[str]:
+COMPARED = ("AdamW over lr", "self-rehearsal raw-fragments", "self-rehearsal prompt-model", "replay real data")
+
+
+def table(world: str, by_seed: dict[int, dict[str, Curve]], options: argparse.Namespace) -> list[str]:
     """One world's methods at equal reward."""
-    # A reward that AdamW reaches: a world in which it stays short is read where it comes to.
-    level = {seed: min(wanted, max(r for r, _ in own["AdamW over lr"])) for seed, own in by_seed.items()}
+    # A reward that is reached: a world in which they stay short is read where they come to.
+    reach = COMPARED if options.level == "common" else COMPARED[:1]
+    level = {
+        seed: min(options.reward, *(max(r for r, _ in own[name]) for name in reach if own.get(name)))
+        for seed, own in by_seed.items()
+    }
     names = list(dict.fromkeys(name for own in by_seed.values() for name in own))
     out = [f"### {world}", "", "sampled reward " + ", ".join(f"{r:.1f} (seed {s})" for s, r in level.items()), ""]
     out += [f"| method | {' | '.join(f'seed {seed}' for seed in by_seed)} | mean | AdamW's tax removed |",
@@ -90,13 +102,46 @@ def table(world: str, by_seed: dict[int, dict[str, Curve]], wanted: float) -> li
     return out
 
 
-def ratios(lines: list[dict[str, Any]]) -> list[str]:
-    """The gate's warning sign by world."""
-    found: dict[str, list[str]] = {}
+def highest(own: dict[str, Curve], names: tuple[str, ...]) -> float:
+    """The most reward that all of them reach."""
+    return min(max(reward for reward, _ in own[name]) for name in names)
+
+
+def beside_replay(everything: dict[tuple[str, int], dict[str, Curve]], wanted: float) -> list[str]:
+    """Self-rehearsal's skills minus real replay's, at the most reward that both and AdamW reach."""
+    out = ["| world | raw fragments − real replay | prompt model − real replay |", "|---|---|---|"]
+    for world in dict.fromkeys(name for name, _ in everything):
+        cells = []
+        for source in ("raw-fragments", "prompt-model"):
+            names = ("AdamW over lr", f"self-rehearsal {source}", "replay real data")
+            gaps = []
+            for (name, _), own in everything.items():
+                if name == world and all(each in own for each in names):
+                    level = min(wanted, highest(own, names))
+                    gaps.append((at(own[names[1]], level) or 0) - (at(own[names[2]], level) or 0))
+            cells.append(f"{statistics.mean(gaps):+.1f} ({', '.join(f'{gap:+.1f}' for gap in gaps)})" if gaps else "")
+        out.append(f"| {world} | {' | '.join(cells)} |")
+    return out
+
+
+def gate_beside_scaling(everything: dict[tuple[str, int], dict[str, Curve]], lines: list[dict[str, Any]]) -> list[str]:
+    """The gate's skills minus scaling back's, at the most reward that both reach, in order of its warning sign."""
+    found = []
     for line in lines:
-        if line["method"] == "Fisher gate" and line["setting"] == {"weight": 1.0}:
-            found.setdefault(line["world"], []).append(f"{line['points'][0]['ratio']:.2f}")
-    return ["ΣF_s/ΣF_p: " + "; ".join(f"{world} {', '.join(values)}" for world, values in found.items())]
+        if line["method"] != "Fisher gate" or line["setting"] != {"weight": 1.0}:
+            continue
+        own, cells = everything[line["world"], line["seed"]], []
+        for gate in ("Fisher gate 1.0", "Fisher gate 3.0", "Fisher gate 1.0 tensors"):
+            if gate in own and "scaled back" in own:
+                level = highest(own, (gate, "scaled back"))
+                cells.append(
+                    f"{(at(own[gate], level) or 0) - (at(own['scaled back'], level) or 0):+.1f} at {level:.0f}"
+                )
+            else:
+                cells.append("")
+        found.append((line["points"][0]["ratio"], f"{line['world']} {line['seed']}", cells))
+    out = ["| ΣF_s/ΣF_p | world, seed | λ=1 − scaled back | λ=3 | one factor a tensor |", "|---" * 5 + "|"]
+    return out + [f"| {ratio:.2f} | {where} | {' | '.join(cells)} |" for ratio, where, cells in sorted(found)]
 
 
 def costs(lines: list[dict[str, Any]]) -> list[str]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # torch is imported where values are read as tensors: headers
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+GATE_FILE = "tau_gate.json"  # beside an adapter that was trained beside a task vector
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
 
 # The format's names of the dtypes that are read: torch's name and bytes an element.
@@ -39,6 +40,26 @@ DTYPES: dict[str, tuple[str, int]] = {
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }
+
+
+def refuse_gated_adapter(directory: Path) -> None:
+    """An adapter that was trained beside a task vector is, alone, another model than the one that was trained.
+
+    Raises:
+        CheckpointError: the directory holds such an adapter, or a gate that cannot be read.
+    """
+    file = directory / GATE_FILE
+    if not file.is_file():
+        return
+    try:
+        gate = float(json.loads(file.read_bytes())["gate"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: not the gate of an adapter ({error!r})") from None
+    if gate:
+        raise CheckpointError(
+            f"{directory}: its policy has {gate:g} of the task vector, which the adapter alone leaves out: write the "
+            "whole model with paretune export-adapter"
+        )
 
 
 @dataclass(frozen=True)

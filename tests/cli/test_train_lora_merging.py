@@ -70,6 +70,10 @@ def test_trained_resumed_exported(world: Path, tmp_path: Path, capsys: pytest.Ca
     want = by_hand(world, tmp_path / "whole", PULL)
     for name, tensor in weights(tmp_path / "out").items():
         assert (tensor.double() - want[name]).abs().max() < 1e-6, name
+    both = ["--model", f"{world / 'reference'}+{tmp_path / 'whole'}", "-o", str(tmp_path / "merged")]
+    capsys.readouterr()
+    assert main(["merge", "linear", *both]) == 2  # the adapter alone is another model
+    assert "export-adapter" in capsys.readouterr().err
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)

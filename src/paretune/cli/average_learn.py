@@ -129,11 +129,11 @@ def learning(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     same += ("penalty_weight", "embeddings", "norms", "max_length", "device", "seed")
     return {name: getattr(arguments, name) for name in same} | {
-        "data": samples(arguments.data),
         "blocks": _blocks(arguments.blocks),
         "pivots": whole_numbers("pivots", arguments.pivots),
         "head": head_of(arguments.head),
         "dtype": None if arguments.dtype is None else getattr(torch, arguments.dtype),
+        "data": samples(arguments.data),  # last: a hub is asked for it
     }
 
 
@@ -143,7 +143,7 @@ def samples(data: str) -> Any:
         return data
     from paretune.training.data import load_splits, take_split
 
-    return take_split(load_splits(data), "train", name=data, argument="data")
+    return take_split(load_splits(data, argument="data"), "train", name=data, argument="data")
 
 
 def statement(ratios: Ratios) -> list[str]:
@@ -183,6 +183,8 @@ def whole_numbers(argument: str, text: str | None) -> list[int] | None:
 
 
 def _blocks(text: str) -> Any:
+    if not text.isdigit() and text not in ("layer", "module"):
+        raise ArgumentError("blocks", text, "give a number of blocks, 'layer' or 'module'")
     return int(text) if text.isdigit() else text
 
 

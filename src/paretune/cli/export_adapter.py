@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what was asked."""
-    from paretune.merging import merge
     from paretune.merging.adapters import CONFIG, is_adapter
+    from paretune.merging.api import build, carry_out
+    from paretune.merging.plan import make_plan
     from paretune.merging.settings import PerTensor
     from paretune.optim.tau_adapter import Gate
     from paretune.task_vector import TaskVector
@@ -75,7 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
         names = dict.fromkeys(_names(reference, base), 0.0)
         models[reference] = {"weight": PerTensor({**names, **dict.fromkeys(gate.tensors, share)})}
         models[base] = {"weight": PerTensor({**names, **dict.fromkeys(gate.tensors, -share)})}
-    report = merge("linear", models, out=arguments.out, dtype=arguments.dtype, normalize=False)
+    recipe = build("linear", models, None, {"normalize": False}, dtype=arguments.dtype)
+    report = carry_out(make_plan([replace(recipe, adds_tau=True)]), arguments.out)
     if arguments.json:
         print(json.dumps(report.to_dict() | {"gate": share}))
     else:

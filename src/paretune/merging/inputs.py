@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import DTYPES, Checkpoint, locate
+from ..checkpoint import DTYPES, Checkpoint, locate, refuse_gated_adapter
 from ..errors import CheckpointError
 from .adapters import Adapter, is_adapter
 from .views import Stored, View
@@ -40,12 +40,13 @@ class Model:
     Args:
         given: a directory, a file or a hub id of a model; an adapter, whose base model is the one that it names; or
             ``MODEL+ADAPTER``.
+        adds_tau: whoever merges adds the part of the task vector that an adapter was trained beside.
 
     Raises:
-        CheckpointError: it cannot be read, or not safely.
+        CheckpointError: it cannot be read, or not safely; an adapter is a part of its policy only.
     """
 
-    def __init__(self, given: str | os.PathLike[str]) -> None:
+    def __init__(self, given: str | os.PathLike[str], adds_tau: bool = False) -> None:
         self.given = os.fspath(given)
         model, adapters = _split(self.given)
         path = locate(model)
@@ -59,6 +60,8 @@ class Model:
         self.adapters = [Adapter.open(each) for each in adapters]
         self.views: dict[str, View] = {name: Stored(self.checkpoint, info) for name, info in self.checkpoint.items()}
         for adapter in self.adapters:
+            if not adds_tau:
+                refuse_gated_adapter(adapter.path)
             self.views = adapter.apply(self.views)
 
     @property

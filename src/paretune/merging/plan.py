@@ -174,7 +174,7 @@ def make_plan(recipes: Sequence[Recipe], labels: Sequence[str] = (), shard_bytes
     """
     if type(shard_bytes) is not int or shard_bytes < 1:
         raise ArgumentError("shard_bytes", shard_bytes, "must be a positive number of bytes")
-    models = {name: Model(name) for name in recipes[0].models}
+    models = {name: Model(name, recipes[0].adds_tau) for name in recipes[0].models}
     found = match(recipes[0], models)
     problems = list(found.problems)
     parts = []

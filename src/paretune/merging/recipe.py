@@ -49,6 +49,7 @@ class Recipe:
             is touched), ``base``, ``union``, or a model.
         seed: of random masks.
         vocab: what to do where vocabularies differ in size: ``strict``, ``pad`` or ``truncate``.
+        adds_tau: the recipe has the part of the task vector that an adapter among its models was trained beside.
     """
 
     method: str
@@ -59,6 +60,7 @@ class Recipe:
     tokenizer: str | None = None
     seed: int = 0
     vocab: str = "strict"
+    adds_tau: bool = False
 
     def __post_init__(self) -> None:
         if self.vocab not in ("strict", "pad", "truncate"):

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import atomic
+from ..checkpoint import GATE_FILE
 from ..errors import ArgumentError, CheckpointError, MismatchError, examples
 from ..operators import mask_key
 from ..task_vector import TaskVector, plain_name
 
-GATE_FILE = "tau_gate.json"
 _ROUNDS = 2  # power iterations of the randomised SVD: τ's spectrum decays slowly
 _EXTRA = 8  # columns more than wanted
 
