@@ -1,7 +1,8 @@
 """The arithmetic of the released code of arXiv 2405.17931, spelled out densely: the slow side of the benchmarks.
 
-Every step draws a dense random mask per tensor (OnDARE) or sorts each tensor (OnTIES), and keeps a dense
-task vector in memory. Nothing here is meant to be used for training.
+Every step draws a dense random mask per tensor (OnDARE) or sorts each tensor (OnTIES), takes two L1 norms whether a
+rescale needs them or not, and keeps a dense task vector in memory: the passes over memory are those of the released
+steps. Nothing here is meant to be used for training.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class NaiveReleased(torch.optim.Optimizer):
     def sparse_tau(self, tau: Tensor) -> Tensor:
         raise TypeError("use NaiveOnDARE or NaiveOnTIES")
 
-    def merge(self, delta: Tensor, tau: Tensor) -> Tensor:
+    def merge(self, p: Tensor, delta: Tensor, tau: Tensor) -> None:
         raise TypeError("use NaiveOnDARE or NaiveOnTIES")
 
     @torch.no_grad()
@@ -68,8 +69,8 @@ class NaiveReleased(torch.optim.Optimizer):
                 state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
                 denominator = state["exp_avg_sq"].sqrt().add_(group["eps"])
                 correction = math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
-                delta = -group["lr"] * correction * state["exp_avg"] / denominator
-                p.add_(self.merge(delta, self.tau[p]))
+                delta = (state["exp_avg"] / denominator) * (-group["lr"] * correction)
+                self.merge(p, delta, self.tau[p])
                 if group["weight_decay"]:
                     p.add_(p, alpha=-group["lr"] * group["weight_decay"])
         return loss
@@ -81,29 +82,33 @@ class NaiveOnDARE(NaiveReleased):
     def sparse_tau(self, tau: Tensor) -> Tensor:
         return functional.dropout(tau, 1 - self.density, training=True).clamp_(-self.clip, self.clip)
 
-    def merge(self, delta: Tensor, tau: Tensor) -> Tensor:
-        mask = (torch.rand_like(delta) < self.density).to(delta.dtype)
-        return (1 - self.weight) * (delta * mask / self.density) + self.weight * tau
+    def merge(self, p: Tensor, delta: Tensor, tau: Tensor) -> None:
+        delta.abs().sum()
+        functional.dropout(delta, 1 - self.density, training=True, inplace=True)
+        delta.abs().sum()
+        p.add_(tau, alpha=self.weight).add_(delta, alpha=1 - self.weight)
 
 
 class NaiveOnTIES(NaiveReleased):
     """Both trimmed to the int(p·n) largest by a full sort; the sign is elected on the unweighted vectors."""
 
     def sparse_tau(self, tau: Tensor) -> Tensor:
-        return self.trim(tau)
+        return self.trim(tau.clone())
 
     def trim(self, x: Tensor) -> Tensor:
         kept = int(self.density * x.numel())
         if kept < 1:
             return x
-        order = torch.argsort(x.abs().flatten(), descending=True)
-        mask = torch.zeros(x.numel(), dtype=x.dtype, device=x.device)
-        mask[order[:kept]] = 1
-        return x * mask.view_as(x)
+        order = torch.argsort(x.view(-1).abs(), descending=True)
+        mask = torch.zeros_like(x)
+        mask.view(-1)[order[:kept]] = 1
+        x.abs().sum()
+        x.mul_(mask).abs().sum()
+        return x
 
-    def merge(self, delta: Tensor, tau: Tensor) -> Tensor:
-        delta = self.trim(delta)
-        both = torch.stack([delta, tau])
-        elected = torch.where(both.sum(0) >= 0, 1.0, -1.0)
-        both = both * (torch.sign(both) == elected)
-        return (1 - self.weight) * both[0] + self.weight * both[1]
+    def merge(self, p: Tensor, delta: Tensor, tau: Tensor) -> None:
+        both = torch.stack([self.trim(delta), tau])
+        elected = (both.sum(0) >= 0) * 2 - 1
+        both.mul_(both.sign() == elected)
+        weights = torch.tensor([1 - self.weight, self.weight]).view(-1, *[1] * delta.dim())
+        p.add_((both * weights).sum(0))

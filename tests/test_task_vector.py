@@ -290,3 +290,29 @@ def test_empty_and_integer_tensors_do_not_disturb() -> None:
 def test_what_is_no_model(bad: object) -> None:
     with pytest.raises((PareTuneError, TypeError)):
         pt.TaskVector.between(base=bad, reference=values(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("n", [1, 63, 64, 1000, (1 << 19) + 77])
+def test_stored_tau_is_tau_rounded(dtype: torch.dtype, n: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, generator=generator) * 1e-3
+    x[n // 2 :] = 0
+    tau = pt.TaskVector.between(base={"w": torch.zeros(n)}, reference={"w": x}).stored(dtype)
+    got = tau.dense("w")
+    if dtype == torch.bfloat16:
+        assert torch.equal(got, x.bfloat16().float())
+        assert tau.resident_bytes == 2 * n
+    else:
+        largest = torch.stack([part.abs().amax() for part in x.split(64)]).repeat_interleave(64)[:n]
+        assert bool(((got - x).abs() <= largest / 254 * (1 + 1e-5)).all())
+        assert tau.resident_bytes == n + 4 * len(x.split(64))
+    index = torch.randint(0, n, (50,), generator=generator)
+    assert torch.equal(tau.gather("w", index), got[index])
+    assert torch.equal(tau.dense("w", n // 3, n), got[n // 3 :])
+
+
+def test_stored_tau_takes_two_forms() -> None:
+    tau = pt.TaskVector.between(base={"w": torch.zeros(3)}, reference={"w": torch.ones(3)})
+    with pytest.raises(ArgumentError, match="dtype"):
+        tau.stored(torch.float16)

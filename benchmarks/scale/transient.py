@@ -2,8 +2,9 @@
 
     python benchmarks/scale/transient.py [--millions 200]
 
-Each optimizer runs in a process of its own on one Llama-like set of tensors; after two steps the kernel's high-water
-mark is reset and a third step is made. τ is read from two checkpoints on disk (its pages are files', not counted).
+Each optimizer runs in a process of its own, on matrices of 2048 × 2048 and, the worst case, on one matrix alone; after
+two steps the kernel's high-water mark is reset and a third step is made. τ is read from two checkpoints on disk (its
+pages are files', not counted). `PARETUNE_KERNELS` chooses the arithmetic.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ def resident(field: str) -> int:
     return int(lines[field].split()[0]) * 1024
 
 
-def measure(name: str, folder: str, count: int) -> None:
+def measure(name: str, layout: str, folder: str, count: int) -> None:
     logging.getLogger("paretune").setLevel(logging.WARNING)
     torch.set_num_threads(1)
     kind, options, dtype = CHOICES[name]
     tau = pt.TaskVector.between(base=f"{folder}/base", reference=f"{folder}/reference")
     params = {key: torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for key, shape in tau.items()}
     optimizer = getattr(pt, kind)(params.items(), tau, lr=1e-6, **options)
-    for name_of_tensor in tau:  # so that the files' pages are resident before and after alike
-        tau.dense(name_of_tensor)
+    for key in tau:  # so that the files' pages are resident before and after alike
+        tau.dense(key)
     for step in range(3):
         for p in params.values():
             p.grad = torch.randn(p.shape, dtype=dtype)
@@ -49,7 +50,7 @@ def measure(name: str, folder: str, count: int) -> None:
             before = resident("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")
         optimizer.step()
-    print(f"| {name} | {(resident('VmHWM') - before) / count:.3f} | {optimizer.memory_report()} |", flush=True)
+    print(f"| {name} | {layout} | {(resident('VmHWM') - before) / count:.3f} |", flush=True)
 
 
 def main() -> None:
@@ -58,24 +59,28 @@ def main() -> None:
     options = parser.parse_args()
     from safetensors.torch import save_file
 
-    shapes = {f"layers.{i}.weight": (2048, 2048) for i in range(max(1, round(options.millions * 1e6 / 2048**2)))}
-    count = sum(rows * columns for rows, columns in shapes.values())
-    with tempfile.TemporaryDirectory() as folder:
-        for side in ("base", "reference"):
-            (Path(folder) / side).mkdir()
-            tensors = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
-            save_file(tensors, f"{folder}/{side}/model.safetensors")
-        del tensors
-        print(
-            f"{count / 1e6:.0f}M parameters\n\n| optimizer | transient bytes a parameter | held |\n|---|---|---|",
-            flush=True,
-        )
-        # Freed blocks go back to the kernel at once, so that each step's scratch shows.
-        os.environ.update(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0")
-        for name in CHOICES:
-            process = multiprocessing.get_context("spawn").Process(target=measure, args=(name, folder, count))
-            process.start()
-            process.join()
+    rows = max(1, round(options.millions * 1e6 / 2048**2)) * 2048
+    layouts = {
+        "2048 × 2048 each": {f"layers.{i}.weight": (2048, 2048) for i in range(rows // 2048)},
+        "one tensor": {"embed.weight": (rows, 2048)},
+    }
+    # Freed blocks go back to the kernel at once, so that each step's scratch shows.
+    os.environ.update(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0")
+    print(
+        f"{rows * 2048 / 1e6:.0f}M parameters\n\n| optimizer | tensors | transient bytes a parameter |\n|---|---|---|"
+    )
+    for layout, shapes in layouts.items():
+        with tempfile.TemporaryDirectory() as folder:
+            for side in ("base", "reference"):
+                (Path(folder) / side).mkdir()
+                tensors = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+                save_file(tensors, f"{folder}/{side}/model.safetensors")
+            del tensors
+            for name in CHOICES:
+                arguments = name, layout, folder, rows * 2048
+                process = multiprocessing.get_context("spawn").Process(target=measure, args=arguments)
+                process.start()
+                process.join()
 
 
 if __name__ == "__main__":

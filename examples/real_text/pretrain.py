@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from prepare import Sizes, read_rows
 
-_BLOCK, _BATCH, _LR = 256, 2, 3e-3
+_BLOCK, _LR = 256, 3e-3
 
 
 def pretrain(out: Path, sizes: Sizes, seed: int) -> float:
-    """Train one pass over ``data/pretrain.jsonl`` in packed blocks and save ``base/``.
+    """Train on ``data/pretrain.jsonl`` in packed blocks and save ``base/``.
 
     Args:
         out: of the run, prepared.
@@ -27,19 +27,18 @@ def pretrain(out: Path, sizes: Sizes, seed: int) -> float:
 
     tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
     rows = read_rows(out / "data" / "pretrain.jsonl")
-    random.Random(seed).shuffle(rows)
     # Question and answer are encoded apart, as they are when answers are measured.
-    stream = [
-        token
+    texts = [
+        [*tokenizer.encode(row["prompt"] + "\n"), *tokenizer.encode(row["completion"]), tokenizer.eos_token_id]
         for row in rows
-        for token in (
-            *tokenizer.encode(row["prompt"] + "\n"),
-            *tokenizer.encode(row["completion"]),
-            tokenizer.eos_token_id,
-        )
     ]
-    steps = len(stream) // (_BLOCK * _BATCH)
-    batches = torch.tensor(stream[: steps * _BLOCK * _BATCH]).view(steps, _BATCH, _BLOCK)
+    rng, stream = random.Random(seed), []
+    for _ in range(sizes.epochs):
+        rng.shuffle(texts)
+        stream += [token for text in texts for token in text]
+    taken = _BLOCK * sizes.blocks
+    steps = len(stream) // taken
+    batches = torch.tensor(stream[: steps * taken]).view(steps, sizes.blocks, _BLOCK)
 
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
@@ -65,7 +64,8 @@ def pretrain(out: Path, sizes: Sizes, seed: int) -> float:
     )
     losses = []
     for batch in batches:
-        loss = model(input_ids=batch, labels=batch).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=sizes.bf16):
+            loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -46,10 +46,37 @@ def test_two_ranks_make_the_steps_of_one() -> None:
     spawn(some, 2, 2, ("dare sparse", "ties sparse"))
 
 
+def baselines(rank: int, ranks: int) -> None:
+    """ChildTuning with masks of each step and of Fisher information, and an average of the policy beside them."""
+    generator = torch.Generator().manual_seed(11)
+    fisher = {name: torch.rand(p.shape, generator=generator) for name, p in named(Awkward())}
+    for variant, more in (("F", {"seed": 3}), ("D", {"fisher": fisher})):
+        found = []
+        for model, many, index in ((Awkward(), 1, 0), (fully_sharded(), ranks, rank)):
+            inner = torch.optim.SGD(named(model), lr=0.1, momentum=0.9)
+            optimizer = pt.ChildTuning(inner, variant, density=0.3, **more)
+            average = pt.EMA(named(model), decay=0.3)
+            for step in STEPS:
+                train(model, optimizer, range(step, step + 1), many, index)
+                average.update()
+            found.append((model, average.state_dict()))
+        (one, averaged), (sharded, sharded_average) = found
+        assert error(sharded, one) < 1e-6, f"{variant}: {error(sharded, one):.2e}"
+        for name, value in averaged.items():
+            assert torch.allclose(sharded_average[name].full_tensor(), value, rtol=0, atol=1e-6), f"{variant}, {name}"
+
+
+def some_and_baselines(rank: int, ranks: int, names: tuple[str, ...]) -> None:
+    some(rank, ranks, names)
+    baselines(rank, ranks)
+    surroundings(rank, ranks)
+
+
 @pytest.mark.slow
 def test_trajectories_are_those_of_one_process() -> None:
     spawn(trajectories, 2, 2)
-    spawn(some, 4, 4, ("dare dense", "dare l1", "ties dense", "ties step-k", "around SGD"))
+    spawn(baselines, 2, 2)
+    spawn(some_and_baselines, 4, 4, ("dare dense", "dare l1", "ties dense", "ties step-k", "around SGD"))
 
 
 # -- exact arithmetic: the same gradients on one process and on shards ---------------------------------------

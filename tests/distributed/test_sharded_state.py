@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from ranks import spawn
 from sharded_world import OPTIMIZERS, Awkward, fully_sharded, named, task_vector, train
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -113,3 +116,31 @@ def test_a_rank_killed_within_a_step_ends_the_run() -> None:
     with pytest.raises(Exception, match=r"exit code 9|Connection closed|terminated"):
         spawn(die_within_a_step, 2, 2)
     assert time.monotonic() - begin < 60
+
+
+def whole_state(rank: int, ranks: int) -> None:
+    """A state dict that is not sharded, of bfloat16 parameters with their split masters: gathered, given out again."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    given_out = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    for kind in ("dare step-k", "around AdamW, magnitude"):
+        with mock.patch.dict(KINDS, {kind: torch.bfloat16}):
+            model, optimizer = build(kind, ranks)
+            train(model, optimizer, range(2), ranks, rank)
+            weights = get_model_state_dict(model, options=options)
+            state = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))  # it shares its counters
+            train(model, optimizer, range(2, 4), ranks, rank)
+            again, resumed = build(kind, ranks)
+        set_model_state_dict(again, weights, options=given_out)
+        set_optimizer_state_dict(again, resumed, state, options=given_out)
+        if rank == 0:
+            masters = [entry["master_low"] for entry in state["state"].values()]
+            assert masters
+            assert all(not hasattr(low, "device_mesh") and low.view(torch.int16).count_nonzero() for low in masters[:2])
+        train(again, resumed, range(2, 4), ranks, rank)
+        for a, b in zip(bits(model, optimizer), bits(again, resumed), strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b), kind
+
+
+def test_a_whole_state_dict_of_bfloat16_parameters() -> None:
+    spawn(whole_state, 2, 2)

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import paretune as pt
 from paretune.errors import ArgumentError
-from paretune.optim.memory import needed, planned, ranks_needed, smallest_card
+from paretune.optim.memory import MOMENTS, needed, planned, projected, ranks_needed, smallest_card
 
 SHAPES = {"w": (400, 300), "b": (300,)}
 
@@ -17,7 +17,7 @@ SHAPES = {"w": (400, 300), "b": (300,)}
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("kind", ["OnDARE", "OnTIES"])
-@pytest.mark.parametrize("where", ["files", "memory"])
+@pytest.mark.parametrize("where", ["files", "memory", "bfloat16", "int8"])
 def test_report_equals_the_plan(kind: str, every: int, dtype: torch.dtype, where: str, tmp_path) -> None:
     reference, dense, tau = pair(0, SHAPES)
     if where == "files":
@@ -25,6 +25,8 @@ def test_report_equals_the_plan(kind: str, every: int, dtype: torch.dtype, where
             (tmp_path / side).mkdir()
             save_file({k: v.contiguous() for k, v in values.items()}, tmp_path / side / "model.safetensors")
         tau = pt.TaskVector.between(base=tmp_path / "base", reference=tmp_path / "reference")
+    elif where != "memory":
+        tau = tau.stored(getattr(torch, where))
     params = parameters(reference, dtype)
     optimizer = getattr(pt, kind)(params.items(), tau, density=0.1, weight=0.1, every=every)
     run(optimizer, params, gradients(every, SHAPES))
@@ -54,5 +56,36 @@ def test_cards() -> None:
     assert needed(7e9, per, ranks=4, frozen_bytes=14e9) == pytest.approx(28)
     assert smallest_card(98) == 141
     assert ranks_needed(98, card=80) == 2
-    with pytest.raises(ArgumentError):
-        planned("lion", torch.float32)
+    for wrong in ({"method": "lion"}, {"tau": "float16"}, {"moments": "2bit"}):
+        with pytest.raises(ArgumentError, match="choose"):
+            planned(**({"method": "ondare", "dtype": torch.float32} | wrong))
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_projected_moments_are_held_as_planned(dtype: torch.dtype, every: int) -> None:
+    reference, _, tau = pair(0, SHAPES)
+    params = parameters(reference, dtype)
+    inner = pt.GaLoreAdamW(params.items(), rank=16)
+    optimizer = pt.OnlineMerging(inner, tau, pt.Random(0.1), weight=0.1, every=every)
+    run(optimizer, params, gradients(every, SHAPES))
+    plan = planned("ondare", dtype, every=every, tau="memory", moments=projected(SHAPES.values(), 16))
+    got = optimizer.memory_report().per_parameter
+    for part, size in plan.items():
+        if part != "copy":  # for the time of a step
+            assert got.get(part, 0.0) == pytest.approx(size, rel=1e-2, abs=1e-3), part
+
+
+@pytest.mark.parametrize("kind", ["8bit", "4bit", "fp8"])
+def test_low_bit_moments_are_held_as_planned(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    low = pytest.importorskip(
+        "torchao.optim", reason="needs torchao: pip install 'paretune[lowbit]'", exc_type=ImportError
+    )
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    shapes = {"w": (1024, 512)}
+    reference, _, tau = pair(0, shapes)
+    params = parameters(reference)
+    inner = getattr(low, {"8bit": "AdamW8bit", "4bit": "AdamW4bit", "fp8": "AdamWFp8"}[kind])(list(params.items()))
+    optimizer = pt.OnlineMerging(inner, tau, pt.Random(0.1), weight=0.1)
+    run(optimizer, params, gradients(1, shapes))
+    assert optimizer.memory_report().per_parameter["moments"] == pytest.approx(MOMENTS[kind], rel=1e-2)

@@ -113,6 +113,22 @@ def test_same_bits_on_some_threads(monkeypatch: pytest.MonkeyPatch, method: str,
     assert all(torch.equal(a, b) for a, b in zip(eager, found, strict=True))
 
 
+@pytest.mark.parametrize("choice", ["eager", pytest.param("native", marks=built)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"rescale": "expectation", "weight_decay": 0.1}, {"variant": "released"}])
+def test_a_large_tensor_is_drawn_in_ranges(
+    monkeypatch: pytest.MonkeyPatch, choice: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    monkeypatch.setitem(SHAPES, "large", (1000, 301))
+    found = []
+    for together in (1 << 17, 1):  # kept entries
+        monkeypatch.setattr("paretune.optim.rule._BATCH", together)
+        found.append(
+            _trajectory(monkeypatch, choice, "OnDARE", "plain", dtype, {"density": 0.01, "weight": 0.3} | options)
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @built
 def test_layouts_that_are_not_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []

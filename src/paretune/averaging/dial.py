@@ -9,7 +9,7 @@ reward does not show it. So the reference's own answers are watched beside it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -35,6 +35,21 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class Skills:
+    """What a model can do, on a suite.
+
+    Args:
+        mean: of its categories.
+        ci: its 95% interval over items.
+        by_category: each category's mean.
+    """
+
+    mean: float
+    ci: tuple[float, float]
+    by_category: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Rung:
     """One setting of the dial.
 
@@ -43,7 +58,7 @@ class Rung:
         reward: mean.
         reward_ci: its 95% interval over prompts.
         agreement: with the reference; None where it was not watched.
-        skills: mean of a suite; None where there is none.
+        skills: None where there is no suite.
         rewards: of each prompt.
     """
 
@@ -51,7 +66,7 @@ class Rung:
     reward: float
     reward_ci: tuple[float, float]
     agreement: Agreement | None
-    skills: float | None
+    skills: Skills | None
     rewards: tuple[float, ...]
 
 
@@ -64,12 +79,14 @@ class Dialled:
         chosen: the scale.
         why: one sentence.
         stopped: what ended the climb; None where all was tried.
+        reference: the model at scale 0, which skills are compared with; None without a suite.
     """
 
     rungs: tuple[Rung, ...]
     chosen: float
     why: str
     stopped: str | None = None
+    reference: Rung | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -80,7 +97,7 @@ def dial(
     set_scale: Callable[[float], object],
     reward: Callable[[], Sequence[float]],
     agreement: Callable[[], Agreement] | None = None,
-    skills: Callable[[], float] | None = None,
+    skills: Callable[[], Skills] | None = None,
     *,
     ladder: Sequence[float] = LADDER,
     target: float | None = None,
@@ -99,7 +116,7 @@ def dial(
         set_scale: dials the model: `paretune.LiveMerge` between reference and policy, by ratio 1 − s.
         reward: rewards of answers to held-out prompts, in the same order at every call.
         agreement: with the reference on its own answers.
-        skills: a suite's mean, shown and never used.
+        skills: measured at every rung and at scale 0; shown, never used for the choice.
         ladder: scales > 0, ascending.
         target: the reward that is wanted.
         least_exact: stop where fewer of the reference's answers remain word for word.
@@ -125,7 +142,10 @@ def dial(
     if not ladder or min(ladder) <= 0 or any(a >= b for a, b in pairwise(ladder)):
         raise ArgumentError("ladder", list(ladder), "give scales above 0, in ascending order")
     rungs: list[Rung] = []
-    stopped = None
+    stopped = reference = None
+    if skills is not None:
+        set_scale(0.0)
+        reference = _rung(0.0, reward, None, skills, seed)
     for done, scale in enumerate(ladder):
         set_scale(scale)
         seen = None if agreement is None else agreement()
@@ -135,18 +155,29 @@ def dial(
                 f"KL {seen.kl:.2f} nats a token (at most {largest_kl:g})"
             )
             break
-        rewards = tuple(map(float, reward()))
-        if not rewards or (rungs and len(rewards) != len(rungs[0].rewards)):
-            raise DataError(f"reward: {len(rewards)} values at scale {scale:g}: give one for each prompt at every rung")
-        low, high = _interval(_means(rewards, seed))
-        suite = None if skills is None else float(skills())
-        rungs.append(Rung(float(scale), sum(rewards) / len(rewards), (low, high), seen, suite, rewards))
+        rungs.append(_rung(float(scale), reward, seen, skills, seed))
+        if (count := len(rungs[-1].rewards)) != len(rungs[0].rewards):
+            raise DataError(f"reward: {count} values at scale {scale:g}: give one for each prompt at every rung")
         if progress is not None:
             progress(done + 1, len(ladder))
     if not rungs:
         raise DataError(f"{stopped}: begin the ladder lower, or allow more (least_exact, largest_kl)")
     chosen, why = _choose(rungs, target, seed)
-    return Dialled(tuple(rungs), chosen.scale, why, stopped)
+    return Dialled(tuple(rungs), chosen.scale, why, stopped, reference)
+
+
+def _rung(
+    scale: float,
+    reward: Callable[[], Sequence[float]],
+    seen: Agreement | None,
+    skills: Callable[[], Skills] | None,
+    seed: int,
+) -> Rung:
+    rewards = tuple(map(float, reward()))
+    if not rewards:
+        raise DataError(f"reward: no values at scale {scale:g}: give one for each prompt at every rung")
+    suite = None if skills is None else skills()
+    return Rung(scale, sum(rewards) / len(rewards), _interval(_means(rewards, seed)), seen, suite, rewards)
 
 
 def _choose(rungs: Sequence[Rung], target: float | None, seed: int) -> tuple[Rung, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,6 +16,8 @@ import numpy as np
 from paretune.errors import ArgumentError, MismatchError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from paretune.averaging.fisher_gate import Gate
     from paretune.merging.plan import Part, Plan
     from paretune.merging.views import View
@@ -24,6 +27,8 @@ examples:
   paretune average fisher --pre sft --post aligned --preferences preferences.jsonl -o gated
   paretune average fisher --pre sft --post aligned --preferences preferences.jsonl --mode tensors --weight 3 -o gated
   paretune average fisher --pre sft --post aligned --gate gated/gate.safetensors --scale 2 -o stronger
+  paretune average fisher --pre sft --preferences preferences.jsonl --as-learning-rates -o rates.safetensors
+  paretune train dpo --model_name_or_path sft --learning_rate_factors rates.safetensors …
 
 The reference's own samples stand for what it should keep; no SFT data is needed. Choose the scale by generated reward:
   paretune average dial --pre sft --post gated --prompts held-out.jsonl --reward model:reward-model
@@ -40,8 +45,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--pre", required=True, metavar="MODEL", help="the reference, before alignment")
-    parser.add_argument("--post", required=True, metavar="MODEL", help="the policy, after it")
-    parser.add_argument("-o", "--out", required=True, metavar="OUT", help="the directory to write: new or empty")
+    parser.add_argument("--post", metavar="MODEL", help="the policy, after it; may be missing where none is gated")
+    parser.add_argument(
+        "-o", "--out", required=True, metavar="OUT",
+        help="the directory to write, new or empty; with --as-learning-rates the file",
+    )  # fmt: skip
     parser.add_argument("--gate", metavar="FILE", help="apply this gate instead of making one")
     parser.add_argument("--preferences", metavar="FILE", help="preference pairs; the chosen answers are used")
     parser.add_argument("--pairs", type=int, default=160, help="of the preferences, at most (160)")
@@ -51,6 +59,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="of the gated change (1)")
     parser.add_argument("--override", action="store_true", help="also where ΣF_s/ΣF_p says that the gate fails")
     parser.add_argument("--gate-only", action="store_true", help="write OUT/gate.safetensors and no model")
+    parser.add_argument(
+        "--as-learning-rates", action="store_true",
+        help="write OUT, factors for paretune train --learning_rate_factors; before any training",
+    )  # fmt: skip
     parser.add_argument("--max-length", type=int, default=512, help="tokens kept of a preference (512)")
     parser.add_argument("--max-tokens", type=int, default=64, help="of a sample (64)")
     parser.add_argument("--scratch", metavar="DIR", help="keep sums of squares in files there instead of memory")
@@ -65,11 +77,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Make the gate and apply it."""
-    from paretune.averaging.fisher_gate import MINIMAL_RATIO, Gate
+    from paretune.averaging.fisher_gate import Gate
     from paretune.cli.average_apply import carry_out_average
-    from paretune.merging.output import checked_directory
 
-    checked_directory(arguments.out)
+    _check_out(arguments)
     if arguments.gate is not None:
         gate = Gate.load(arguments.gate)
         if not gate.trusted and not arguments.override:
@@ -78,6 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
         gate = _made(arguments)
     file = Path(arguments.out) / "gate.safetensors"
     report: dict[str, Any] = {}
+    if arguments.as_learning_rates:
+        return _write_rates(gate, arguments)
     if not arguments.gate_only:
         plan = plan_gated(arguments.pre, arguments.post, gate, arguments.scale)
         plan.check()
@@ -87,9 +100,41 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(report | kept))
         return 0
-    trust = "" if gate.trusted else f" (below {MINIMAL_RATIO:g}: not to be trusted)"
-    print(f"ΣF_s/ΣF_p {gate.ratio:.2f}{trust}, λ {gate.weight:g}, factors for {gate.mode}, scale {arguments.scale:g}")
+    print(f"{_said(gate)}, scale {arguments.scale:g}")
     print(arguments.out if not arguments.gate_only else file)
+    return 0
+
+
+def _check_out(arguments: argparse.Namespace) -> None:
+    from paretune.merging.output import checked_directory
+
+    if arguments.as_learning_rates and arguments.gate_only:
+        raise ArgumentError("--gate-only", True, "--as-learning-rates writes no model either: drop one of them")
+    if arguments.as_learning_rates:
+        out = Path(arguments.out)
+        if out.is_dir() or out.suffix != ".safetensors":
+            raise ArgumentError("--out", arguments.out, "name the file to write, as rates.safetensors")
+        return
+    if arguments.post is None and not arguments.gate_only:
+        raise ArgumentError("--post", None, "give the policy, or --gate-only, or --as-learning-rates to train with")
+    checked_directory(arguments.out)
+
+
+def _said(gate: Gate) -> str:
+    from paretune.averaging.fisher_gate import MINIMAL_RATIO
+
+    trust = "" if gate.trusted else f" (below {MINIMAL_RATIO:g}: not to be trusted)"
+    return f"ΣF_s/ΣF_p {gate.ratio:.2f}{trust}, λ {gate.weight:g}, factors for {gate.mode}"
+
+
+def _write_rates(gate: Gate, arguments: argparse.Namespace) -> int:
+    gate.save_learning_rates(arguments.out)
+    if arguments.json:
+        said = {"ratio": gate.ratio, "weight": gate.weight, "mode": gate.mode, "learning_rates": arguments.out}
+        print(json.dumps(said))
+        return 0
+    print(_said(gate))
+    print(f"{arguments.out}: for paretune train … --learning_rate_factors {arguments.out}")
     return 0
 
 
@@ -124,12 +169,29 @@ def _number(gate: Gate, scale: float) -> int:
 def _gated(part: Part, gate: Gate, scale: float) -> Part:
     factor = gate.factors.get(part.name)
     if factor is None:
-        # A head that is stored although it is tied has the embedding's factor.
-        factor = next((f for name, f in gate.factors.items() if "embed" in name and f.shape in ((), part.shape)), None)
+        factor = _twin(part, gate)
     if factor is None or (factor.ndim and tuple(factor.shape) != part.shape):
         raise MismatchError(f"{part.name}: the gate has no factor of its shape: was it made for this model?")
     pre, post = part.sources
     return replace(part, sources=(pre, GatedView(pre, post, factor.numpy().reshape(-1), scale)))
+
+
+def _twin(part: Part, gate: Gate) -> Tensor | None:
+    """The embedding's factor for a head that is stored although it is tied to it, or the other way round."""
+    from paretune.layers import part_of
+
+    kinds, sizes = {"head", "embeddings"}, gate.about.get("numel", {})
+    if part_of(part.name) not in kinds:
+        return None
+    return next(
+        (
+            factor
+            for name, factor in gate.factors.items()
+            if part_of(name) in kinds - {part_of(part.name)}
+            and (tuple(factor.shape) == part.shape or (not factor.ndim and sizes.get(name) == math.prod(part.shape)))
+        ),
+        None,
+    )
 
 
 class GatedView:
@@ -185,7 +247,8 @@ def _made(arguments: argparse.Namespace) -> Gate:
         batch_size=arguments.batch_size,
         progress=not arguments.quiet,
     )
-    policy = arguments.post if os.path.isdir(arguments.post) and not _is_adapter(arguments.post) else None
+    post = arguments.post
+    policy = post if post is not None and os.path.isdir(post) and not _is_adapter(post) else None
     return fisher_gate(
         policy, model, chosen, samples, arguments.weight,
         mode=arguments.mode, scratch=arguments.scratch, override=arguments.override,

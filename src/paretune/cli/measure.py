@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import sys
@@ -14,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paretune.cli.measure_text import line, listing, table
+from paretune.cli.suites import add_suite, open_suite
 from paretune.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
     from paretune.evaluation.capability import Capability
     from paretune.evaluation.measure import Candidate, RewardSource
     from paretune.evaluation.points import Measurement
-    from paretune.evaluation.suite import Suite
 
 _EXAMPLES = """\
 examples:
@@ -60,18 +59,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     models.add_argument("--device", help="where models run; the accelerator where there is one")
     suite = parser.add_argument_group("capability")
-    suite.add_argument("--suite", metavar="NAME|FILE.yaml", help="a suite's name, or your own")
     suite.add_argument("--list-suites", action="store_true", help="show every suite and its tasks, and do nothing else")
-    suite.add_argument("--data", metavar="DIR", type=Path, help="the suite's files, and a mirror of hub data sets")
-    suite.add_argument("--only", metavar="NAME,…", help="these tasks or categories alone")
-    suite.add_argument("--skip", metavar="NAME,…", help="leave these tasks or categories out")
+    add_suite(suite)
     suite.add_argument("--limit", type=int, help="only the first so many items of each task")
-    suite.add_argument(
-        "--chat-template", action=argparse.BooleanOptionalAction, help="of benchmarks; as the suite says, if unset"
-    )
-    suite.add_argument(
-        "--allow-code-execution", action="store_true", help="run programs that the models write, in a sandbox"
-    )
     reward = parser.add_argument_group("reward")
     reward.add_argument("--prompts", metavar="FILE", help="prompts that every model answers")
     reward.add_argument(
@@ -120,7 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.list_suites:
         print(listing(arguments.json))
         return 0
-    suite = _suite(arguments)
+    suite = open_suite(arguments)
     specs = _models(arguments)
     out = _out(arguments)
     _check_device(arguments.device)
@@ -162,21 +152,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print("\n".join(table(points)))
     return 0
-
-
-def _suite(arguments: argparse.Namespace) -> Suite:
-    from paretune.evaluation.suite import load
-
-    if arguments.suite is None:
-        raise ArgumentError("suite", None, "give a suite; paretune measure --list-suites shows them")
-    suite = load(arguments.suite)
-    if arguments.only:
-        suite = suite.only(arguments.only.split(","))
-    if arguments.skip:
-        suite = suite.without(arguments.skip.split(","))
-    if arguments.chat_template is not None:
-        suite = dataclasses.replace(suite, chat=arguments.chat_template)
-    return suite
 
 
 def _models(arguments: argparse.Namespace) -> list[tuple[str, str, str]]:

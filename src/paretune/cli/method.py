@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from transformers import Trainer
 
+    from paretune.optim.learning_rates import LearningRates
     from paretune.training.trainer import OptimizerFactory
 
 _MERGING = {name: name for name in ("density", "weight", "pull", "every", "variant", "rescale", "clip")}
@@ -40,15 +41,21 @@ def build_method(request: Request, *, planning: bool = False) -> Method:
     """
     own = request.own
     wraps = own.child_tuning is not None or own.l2_to_reference or own.l1_to_reference
-    if own.optimizer is None and not wraps:
+    if request.training.deepspeed and (wraps or own.optimizer == "onties" or (own.optimizer and request.model.use_peft)):
+        mend = "under it only --optimizer ondare works (ZeRO-1 and 2, without LoRA): take that alone, or FSDP2"
+        raise ArgumentError("deepspeed", str(request.training.deepspeed), mend)
+    rates = _rates(request)
+    if own.optimizer is None and not wraps and rates is None:
         method = Method(name=_value(request.training.optim))
         method.state_bytes["moments"] = 2.0 * _itemsize(request)
     elif own.optimizer in OURS and request.model.use_peft:
         method = lora_method(request, *_tau_if_at_hand(request, planning))
     elif own.optimizer in OURS:
-        method = _online(request, planning)
+        method = _online(request, planning, rates)
     else:
-        method = _adamw(request)
+        method = _adamw(request, rates)
+    if rates is not None:
+        method.name += " + learning rates"
     if own.child_tuning is not None:
         _add_child_tuning(method, request)
     if own.l2_to_reference or own.l1_to_reference:
@@ -60,10 +67,27 @@ def build_method(request: Request, *, planning: bool = False) -> Method:
     return method
 
 
-def _adamw(request: Request) -> Method:
+def _rates(request: Request) -> LearningRates | None:
+    """The factors of the learning rate, checked against what will be trained."""
+    from paretune.optim.learning_rates import LearningRates
+
+    path = request.own.learning_rate_factors
+    if path is None:
+        return None
+    _check_readable("learning_rate_factors", path)
+    rates = LearningRates(path)
+    if is_at_hand(request.model_path):
+        rates.match(_shapes(request))
+    return rates
+
+
+def _adamw(request: Request, rates: LearningRates | None) -> Method:
     chosen = _value(request.training.optim)
     if request.own.optimizer is None and "optim" in request.given and not chosen.startswith("adamw_torch"):
-        raise ArgumentError("optim", chosen, "child tuning and pulls to the reference work with --optimizer only")
+        mend = "child tuning, pulls to the reference and factors of the learning rate work with --optimizer only"
+        raise ArgumentError("optim", chosen, mend)
+    if rates is not None:
+        return _rated_adamw(request, rates)
     fused = chosen == "adamw_torch_fused" or None  # None lets torch choose, as transformers does for adamw_torch
 
     def factory(groups: list[dict[str, Any]]) -> Optimizer:
@@ -72,14 +96,30 @@ def _adamw(request: Request) -> Method:
     return Method(name="adamw", factory=factory, state_bytes={"moments": 2.0 * _itemsize(request)})
 
 
-def _online(request: Request, planning: bool) -> Method:
+def _rated_adamw(request: Request, rates: LearningRates) -> Method:
+    """AdamW, which is OnDARE that leaves nothing out and adds nothing, with a learning rate for each entry."""
+    from paretune.optim import OnDARE
+    from paretune.optim.memory import planned
+
+    def factory(groups: list[dict[str, Any]]) -> Optimizer:
+        with _quiet("paretune.optim"):  # it would speak of a task vector
+            optimizer = OnDARE(groups, None, density=1.0, weight=0.0, learning_rates=rates)
+        optimizer.statement = f"AdamW with learning rates {rates}"
+        return optimizer
+
+    held = planned("ondare", torch.float32 if _itemsize(request) == 4 else torch.bfloat16, tau="none")
+    kept = {part: size for part, size in held.items() if part not in ("model", "gradients", "tau")}
+    return Method(name="adamw", factory=factory, state_bytes=kept, statement=lambda _: f"learning rates {rates}")
+
+
+def _online(request: Request, planning: bool, rates: LearningRates | None) -> Method:
     from paretune.operators import METHODS
     from paretune.optim import OnDARE, OnTIES
     from paretune.optim.memory import planned
 
     own = request.own
     kind = OnDARE if own.optimizer == "ondare" else OnTIES
-    options = given_options(own, _MERGING) | {"seed": request.training.seed}
+    options = given_options(own, _MERGING) | {"seed": request.training.seed, "learning_rates": rates}
     tau, missing = _tau_if_at_hand(request, planning)
 
     def factory(groups: list[dict[str, Any]], total_steps: int) -> Optimizer:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paretune.demo import words
-from paretune.demo.world import World, chat_document, raw_document
+from paretune.demo.world import World, chat_document, options_of, raw_document
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +49,8 @@ class Phase:
         lr: peak learning rate.
         warmup: steps of linear warm-up.
         weight_decay: AdamW's.
+        bf16: forward and backward under bfloat16 autocast; the parameters and AdamW stay float32. Twice as fast on a
+            processor with bfloat16 matrix units from about 5M parameters on.
 
     Small batches win here: 1800 steps of 12 rows teach far more than 300 of 64 at the same cost.
     """
@@ -58,6 +60,7 @@ class Phase:
     lr: float
     warmup: int = 20
     weight_decay: float = 0.1
+    bf16: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,12 +85,12 @@ class Recipe:
 
         versions = [torch.__version__.split("+")[0], transformers.__version__.split(".")[0]]
         text = _opening(base_documents(self.world))
-        return _hash(text, words.vocabulary(), asdict(self.shape), asdict(self.base), self.world.seed, versions)
+        return _hash(text, words.vocabulary(), asdict(self.shape), options_of(self.base), self.world.seed, versions)
 
     @cached_property
     def reference_key(self) -> str:
         """Hash of all that decides the reference. Worlds that differ only in what comes later share their models."""
-        return _hash(self.base_key, _opening(sft_documents(self.world)), asdict(self.sft))
+        return _hash(self.base_key, _opening(sft_documents(self.world)), options_of(self.sft))
 
 
 def _opening(documents: Iterator[str]) -> list[str]:
@@ -190,14 +193,18 @@ def train_phase(
         model.parameters(), lr=phase.lr, betas=(0.9, 0.95), weight_decay=phase.weight_decay, fused=True
     )
     model.train()
+    if phase.bf16:
+        # The fused attention's bfloat16 backward pass takes half of all time on rows this short.
+        model.set_attn_implementation("eager")
     tail: list[Tensor] = []
     for step in range(phase.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(phase, step)
         rows = next(batches)
         # No attention mask: causality alone keeps padding on the right from reaching anything.
-        logits = model(input_ids=rows[:, :-1], use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), ignore_index=pad)
+        with torch.autocast("cpu", torch.bfloat16, enabled=phase.bf16):
+            logits = model(input_ids=rows[:, :-1], use_cache=False).logits
+        loss = F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), ignore_index=pad)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -207,6 +214,8 @@ def train_phase(
         if progress is not None:
             progress(step + 1, phase.steps)
     model.eval()
+    if phase.bf16:
+        model.set_attn_implementation("sdpa")
     return float(torch.stack(tail).mean())
 
 

@@ -9,6 +9,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from paretune.demo import words
+from paretune.demo.packed import Packed
 from paretune.demo.world import World, prompt_document
 
 if TYPE_CHECKING:
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 PROMPTS = 2000
-ROWS = 32  # in a batch
+ROWS = 32  # in a batch of training
+BATCH = 512  # in one of sampling: the draws do not depend on it
 SHARE = 0.5  # of all steps
 
 
@@ -45,19 +47,27 @@ class Replay:
         import torch
         from torch.nn import functional as F
 
-        from paretune.training.distill import completion_logps, full_kl
+        from paretune.training.distill import full_kl
+        from paretune.training.logps import _head_at
 
         rows = Random(f"{self.seed}/rows {step}").sample(range(len(self.ids)), min(ROWS, len(self.ids)))
-        completion = self.completion[rows]
-        width = int(completion.any(0).nonzero().max()) + 1
-        ids, completion = self.ids[rows, :width], completion[:, :width]
-        logps = completion_logps(model, ids, completion)
+        lengths = self.completion.shape[1] - self.completion.flip(1).int().argmax(1)
+        packed = Packed.of(rows, (lengths[rows] - 1).tolist())
+        predicted = packed.take(self.completion[:, 1:])
+        row, place = predicted.nonzero(as_tuple=True)
+        # Rows side by side: a third of a padded batch is padding.
+        with _head_at(model, row, place, predicted.shape[1]):
+            logits = model(
+                input_ids=packed.take(self.ids), position_ids=packed.positions, attention_mask=packed.mask,
+                use_cache=False,
+            ).logits  # fmt: skip
+        logps = logits.log_softmax(-1)
         if self.reference is None:
-            return F.nll_loss(logps, ids[:, 1:][completion[:, 1:]])
+            return F.nll_loss(logps, packed.take(self.ids[:, 1:])[predicted])
         counts = self.completion[:, 1:].sum(1)
         first = counts.cumsum(0) - counts
-        place = torch.cat([torch.arange(int(first[row]), int(first[row] + counts[row])) for row in rows])
-        return full_kl(self.reference[place], logps, "forward").mean()
+        kept = torch.cat([torch.arange(int(first[row]), int(first[row] + counts[row])) for row in packed.order])
+        return full_kl(self.reference[kept], logps, "forward").mean()
 
 
 def encode(dialogues: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
@@ -94,18 +104,31 @@ def self_rehearsal(reference: LlamaForCausalLM, world: World, source: str, seed:
         seed: of the sampling.
         options: of `paretune.self_answers`, a temperature for instance.
     """
-    from paretune.training.rehearsal import NEEDS_SEEDS, self_answers, self_prompts
+    prompts = own_prompts(reference, world, source, seed)
+    return distilled(reference, own_answers(reference, prompts, seed, **options), seed)
 
-    tokenizer = words.build_tokenizer()
-    made = self_prompts(
-        reference, tokenizer, source, PROMPTS,  # type: ignore[arg-type]
+
+def own_prompts(reference: LlamaForCausalLM, world: World, source: str, seed: int) -> Sequence[str]:
+    """Prompts that the reference makes, none like the preferences'."""
+    from paretune.training.rehearsal import NEEDS_SEEDS, self_prompts
+
+    return self_prompts(
+        reference, words.build_tokenizer(), source, PROMPTS,  # type: ignore[arg-type]
         seeds=seed_prompts(world) if source in NEEDS_SEEDS else (),
         preferences=sorted({pair.prompt for pair in world.preferences}),
-        max_tokens=24, seed=seed, batch_size=256, progress=False,
-    )  # fmt: skip
-    settings = {"max_new_tokens": 24, "seed": seed, "batch_size": 256, "progress": False} | options
-    rows = self_answers(reference, tokenizer, made.prompts, **settings)
-    return distilled(reference, [(row["messages"][0]["content"], row["messages"][1]["content"]) for row in rows], seed)
+        max_tokens=24, seed=seed, batch_size=BATCH, progress=False,
+    ).prompts  # fmt: skip
+
+
+def own_answers(
+    reference: LlamaForCausalLM, prompts: Sequence[str], seed: int, **options: Any
+) -> list[tuple[str, str]]:
+    """(prompt, answer) pairs by the reference."""
+    from paretune.training.rehearsal import self_answers
+
+    settings = {"max_new_tokens": 24, "seed": seed, "batch_size": BATCH, "progress": False} | options
+    rows = self_answers(reference, words.build_tokenizer(), prompts, **settings)
+    return [(row["messages"][0]["content"], row["messages"][1]["content"]) for row in rows]
 
 
 def seed_prompts(world: World, count: int = 30) -> list[str]:
@@ -122,6 +145,15 @@ def distilled(reference: LlamaForCausalLM, dialogues: Sequence[tuple[str, str]],
     from paretune.training.distill import completion_logps
 
     ids, completion = encode(dialogues)
+    counts = completion[:, 1:].sum(1)
+    first = counts.cumsum(0) - counts
+    lengths = completion.shape[1] - completion.flip(1).int().argmax(1)
+    found = torch.empty(int(counts.sum()), len(words.vocabulary()))
     with torch.no_grad():
-        parts = [completion_logps(reference, i, c) for i, c in zip(ids.split(256), completion.split(256), strict=True)]
-    return Replay(ids, completion, torch.cat(parts), seed)
+        # Rows of a length together: otherwise half of the work is padding.
+        for rows in lengths.argsort().split(256):
+            width = int(lengths[rows].max())
+            logps = completion_logps(reference, ids[rows, :width], completion[rows, :width])
+            places = [torch.arange(int(first[row]), int(first[row] + counts[row])) for row in rows]
+            found[torch.cat(places)] = logps
+    return Replay(ids, completion, found, seed)

@@ -42,6 +42,7 @@ class Skill:
         raw_share: its weight among the lines of raw text.
         chat_share: its weight among the skill dialogues of SFT.
         held_out: fraction of its prompts that SFT never sees.
+        measured: part of the capability; what a model hardly learns says nothing of forgetting.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Skill:
     raw_share: float
     chat_share: float
     held_out: float = 0.2
+    measured: bool = True
 
 
 def fraction_of(text: str) -> float:

@@ -9,17 +9,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from random import Random
+from typing import Any
 
 from paretune.demo import chat, words
+from paretune.demo.mid import mid_skills
 from paretune.demo.preferences import KINDS, Kind
 from paretune.demo.skills import Facts, Item, Skill, draw_spelling, is_held_out, standard_skills
 from paretune.errors import ArgumentError
 
 Message = dict[str, str]
+
+SCALES = {"tiny": standard_skills, "mid": mid_skills}
+# Options that came later, and what stood there before: keys of caches do not mention them where they say the same.
+LATER = {"scale": "tiny", "bf16": False}
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ class World:
         items_per_skill: how many held-out items of each skill are measured, at most.
         preference: what the pairs ask for: one of `paretune.demo.preferences.KINDS`.
         on_policy: the pairs are the best and the worst of the reference's own answers by the reward.
+        scale: ``tiny``, or ``mid`` with more skills and longer items (`paretune.demo.mid`), in which all preferences of
+            pieces share one reference.
 
     Example:
         >>> world = World(seed=0)
@@ -59,15 +67,25 @@ class World:
     items_per_skill: int = 60
     preference: str = "polite"
     on_policy: bool = False
+    scale: str = "tiny"
 
     def __post_init__(self) -> None:
         if self.preference not in KINDS:
             raise ArgumentError("preference", self.preference, f"choose one of {', '.join(KINDS)}")
+        if self.scale not in SCALES:
+            raise ArgumentError("scale", self.scale, f"choose one of {', '.join(SCALES)}")
 
     @property
     def kind(self) -> Kind:
         """What the preferences ask for."""
         return KINDS[self.preference]
+
+    @property
+    def styles(self) -> Mapping[str, float]:
+        """Of SFT's chat answers, with their shares."""
+        # One reference for several rewards where training it takes long: it also answers in short.
+        one_for_all = self.scale == "mid" and self.kind.styles is chat.STYLES
+        return chat.STYLES_WITH_SHORT if one_for_all else self.kind.styles
 
     def rng(self, purpose: str) -> Random:
         """A generator of its own for each purpose: adding a consumer never changes what another draws."""
@@ -76,7 +94,7 @@ class World:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of all options; the key of every cache."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        text = json.dumps(options_of(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @cached_property
@@ -95,7 +113,7 @@ class World:
 
     @cached_property
     def skills(self) -> tuple[Skill, ...]:
-        return standard_skills(self.facts)
+        return SCALES[self.scale](self.facts)
 
     def raw_texts(self, purpose: str = "raw") -> Iterator[str]:
         """Endless lines of plain text. Held-out exercises do not occur, held-out facts do: SFT must not teach them
@@ -121,7 +139,7 @@ class World:
         shares = [skill.chat_share for skill in self.skills]
         while True:
             if rng.random() < self.chat_share:
-                exchange = chat.draw_exchange(self.facts, self.names, rng, self.kind.styles)
+                exchange = chat.draw_exchange(self.facts, self.names, rng, self.styles)
                 yield as_messages(exchange.prompt, exchange.answer)
                 continue
             skill = rng.choices(self.skills, shares)[0]
@@ -142,6 +160,8 @@ class World:
         rng = self.rng("items")
         found: list[Item] = []
         for skill in self.skills:
+            if not skill.measured:
+                continue
             if skill.name == "facts":
                 every = [item for item in self.facts.all_items() if is_held_out(skill, item)]
                 found += rng.sample(every, min(len(every), self.items_per_skill))
@@ -171,6 +191,11 @@ class World:
             ended: whether the model closed its answer.
         """
         return self.kind.reward(self, topic, generated, ended)
+
+
+def options_of(recipe: Any) -> dict[str, Any]:
+    """The options of a dataclass for the key of a cache: later ones only where they change something."""
+    return {k: v for k, v in dataclasses.asdict(recipe).items() if not (k in LATER and v == LATER[k])}
 
 
 def as_messages(prompt: str, answer: str) -> list[Message]:

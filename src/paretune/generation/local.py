@@ -1,4 +1,4 @@
-"""Answers by a model in this process: batched, left-padded, through transformers' ``generate``."""
+"""Answers by a model in this process: loading, encoding, batches and what becomes of their tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from ..checkpoint import refuse_gated_adapter
 from ..errors import ArgumentError, CheckpointError
+from .batch import write as _write
 from .decoding import Decoding, Generation, Prompt, Request, prompt_kind
 
 
@@ -56,23 +58,7 @@ def check_model(path: str) -> None:
         raise CheckpointError(f"{path}: there is no such model: give a directory or a hub id")
     if place.exists() and not any((place / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise CheckpointError(f"{path}: holds no config.json: give the directory of a model")
-    _refuse_gated(place)
-
-
-def _refuse_gated(place: Path) -> None:
-    """An adapter trained beside a task vector is, alone, another model than the one that was trained."""
-    file = place / "tau_gate.json"
-    if not file.is_file():
-        return
-    try:
-        gate = float(json.loads(file.read_bytes())["gate"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: not the gate of an adapter ({error!r})") from None
-    if gate:
-        raise CheckpointError(
-            f"{place}: its policy has {gate:g} of the task vector, which the adapter alone leaves out: write the whole "
-            "model with paretune export-adapter"
-        )
+    refuse_gated_adapter(place)
 
 
 def _device(wanted: str | None) -> torch.device:
@@ -106,18 +92,26 @@ def encode(prompts: Sequence[Prompt], tokenizer: Any, model: Any, decoding: Deco
     """
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     encoded = []
-    for index, prompt in enumerate(prompts):
-        kind = prompt_kind(prompt)
+    kinds = [prompt_kind(prompt) for prompt in prompts]
+    if "chat" in kinds and not tokenizer.chat_template:
+        index = kinds.index("chat")
+        raise ArgumentError(
+            f"prompts[{index}]", prompts[index], "the tokenizer has no chat template: give text, or set a template"
+        )
+    chats = [list(prompt) for prompt, kind in zip(prompts, kinds, strict=True) if kind == "chat"]
+    # In one call: a template is looked up and a tokenizer set up each time.
+    answered: Iterator[list[int]] = iter(
+        tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, return_dict=False, tokenizer_kwargs={"verbose": False}
+        )
+        if chats
+        else ()
+    )
+    for index, (prompt, kind) in enumerate(zip(prompts, kinds, strict=True)):
         if kind == "chat":
-            if not tokenizer.chat_template:
-                raise ArgumentError(
-                    f"prompts[{index}]", prompt, "the tokenizer has no chat template: give text, or set a template"
-                )
-            ids = tokenizer.apply_chat_template(
-                list(prompt), add_generation_prompt=True, return_dict=False, tokenizer_kwargs={"verbose": False}
-            )
+            ids = next(answered)
         elif kind == "ids":
-            ids = list(prompt)
+            ids = list(prompt)  # type: ignore[arg-type]
         else:
             begun = bool(tokenizer.bos_token) and str(prompt).startswith(tokenizer.bos_token)
             ids = tokenizer(prompt, add_special_tokens=not begun, verbose=False).input_ids
@@ -145,112 +139,39 @@ def end_tokens(model: Any, tokenizer: Any, decoding: Decoding) -> list[int]:
     return sorted(token for token in found if token is not None)
 
 
-class _Stops:
-    """Ends a row in whose last tokens a stop text is found.
-
-    (transformers' own criterion fails for vocabularies of words.)
-    """
-
-    def __init__(self, tokenizer: Any, stops: Sequence[str], width: int) -> None:
-        self.tokenizer, self.stops, self.width = tokenizer, stops, width
-        self.tail = max(len(text.encode()) for text in stops) + 8  # tokens; each holds a byte or more
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        tails = input_ids[:, max(self.width, input_ids.shape[1] - self.tail) :].tolist()
-        texts = self.tokenizer.batch_decode(tails, skip_special_tokens=True)
-        found = [any(stop in text for stop in self.stops) for text in texts]
-        return torch.tensor(found, device=input_ids.device)
-
-
 def answers(
     model: Any, tokenizer: Any, wanted: Sequence[Request], encoded: Sequence[list[int]], decoding: Decoding
 ) -> Iterator[list[tuple[Request, Generation]]]:
     """Batches of answers, longest prompts first, so that the first batch shows whether memory suffices.
 
-    A batch that does not fit the accelerator is halved; the draws do not notice.
+    A batch that does not fit the accelerator is halved, and so are those after it; the draws do not notice.
     """
     ends = end_tokens(model, tokenizer, decoding)
     ordered = sorted(wanted, key=lambda request: -len(encoded[request.index]))
     was_training = model.training
     model.eval()
+    start, size = 0, decoding.batch_size
     try:
-        for start in range(0, len(ordered), decoding.batch_size):
-            pending = [ordered[start : start + decoding.batch_size]]
-            while pending:
-                batch = pending.pop(0)
-                ids = [encoded[request.index] for request in batch]
-                rows = None
-                try:
-                    rows = _write(model, tokenizer, ids, [r.draw for r in batch], ends, decoding)
-                except torch.OutOfMemoryError:
-                    if len(batch) == 1:
-                        raise
-                if rows is None:  # only here the error has let go of the batch's tensors
-                    torch.cuda.empty_cache()
-                    pending[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-                    continue
-                yield [
-                    (request, _generation(request, row, tokenizer, ends, decoding.stop))
-                    for request, row in zip(batch, rows, strict=True)
-                ]
+        while start < len(ordered):
+            batch = ordered[start : start + size]
+            ids = [encoded[request.index] for request in batch]
+            rows = None
+            try:
+                rows = _write(model, tokenizer, ids, [r.draw for r in batch], ends, decoding)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+            if rows is None:  # only here the error has let go of the batch's tensors
+                torch.cuda.empty_cache()
+                size = len(batch) // 2
+                continue
+            start += len(batch)
+            yield [
+                (request, _generation(request, row, tokenizer, ends, decoding.stop))
+                for request, row in zip(batch, rows, strict=True)
+            ]
     finally:
         model.train(was_training)
-
-
-def _write(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[list[int]],
-    draws: Sequence[int],
-    ends: list[int],
-    decoding: Decoding,
-) -> list[list[int]]:
-    from transformers import (
-        GenerationConfig,
-        LogitsProcessorList,
-        StoppingCriteriaList,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
-
-    from .draws import Draws
-
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=model.device)
-    processors = LogitsProcessorList()
-    if not decoding.greedy:
-        warpers: list[Any] = [TopKLogitsWarper(decoding.top_k)] if decoding.top_k else []
-        warpers += [TopPLogitsWarper(decoding.top_p)] if decoding.top_p < 1 else []
-        processors.append(Draws(draws, width, decoding.temperature, warpers))
-    stopping: list[Any] = [_Stops(tokenizer, decoding.stop, width)] if decoding.stop else []
-    settings = GenerationConfig(
-        do_sample=False,  # the draws are in the processor
-        max_new_tokens=decoding.max_new_tokens,
-        eos_token_id=ends or None,
-        pad_token_id=pad,
-        use_cache=True,
-    )
-    # transformers fills what is unset from the model's own file: a repetition penalty there would go unrecorded. PEFT
-    # hands its own settings on to the model inside, so both are put back.
-    holders = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
-    kept = [holder.generation_config for holder in holders]
-    for holder in holders:
-        holder.generation_config = GenerationConfig()
-    try:
-        with torch.no_grad():
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=settings,
-                logits_processor=processors,
-                stopping_criteria=StoppingCriteriaList(stopping),
-            )
-    finally:
-        for holder, own in zip(holders, kept, strict=True):
-            holder.generation_config = own
-    return out[:, width:].tolist()
 
 
 def _generation(request: Request, row: list[int], tokenizer: Any, ends: list[int], stops: Sequence[str]) -> Generation:

@@ -129,13 +129,13 @@ def read_generations(path: str | os.PathLike[str], argument: str = "generations"
 
 def _missing(store: Store, wanted: Sequence[Request], identity: str, decoding: Decoding) -> list[Request]:
     """What the file does not hold yet; refuses a file that belongs to something else."""
-    asked = {request.key for request in wanted}
+    asked, settings = {request.key for request in wanted}, decoding.record()
     for key, row in store.rows.items():
         if key in asked:
             continue
         if row.get("model") != identity:
             what = f"answers of another model ({row.get('generator')!r})"
-        elif row.get("decoding") != decoding.record():
+        elif row.get("decoding") != settings:
             what = "answers written with other decoding settings"
         else:
             what = "answers to prompts or samples that are not asked for now"
@@ -155,7 +155,7 @@ def _collect(
 ) -> list[Generation]:
     from tqdm import tqdm
 
-    done = len(wanted) - missing
+    done, settings = len(wanted) - missing, decoding.record()
     with tqdm(total=len(wanted), initial=done, unit="answer", disable=None if progress else True) as bar:
         for batch in batches:
             store.append(
@@ -169,7 +169,7 @@ def _collect(
                     "sample": request.sample,
                     "finished": answer.finished,
                     "tokens": answer.tokens,
-                    "decoding": decoding.record(),
+                    "decoding": settings,
                     "model": identity,
                 }
                 for request, answer in batch

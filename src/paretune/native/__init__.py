@@ -1,7 +1,8 @@
 """Compiled kernels for merging and for optimizer steps, where the package was built with a C compiler: an option.
 
 ``PARETUNE_KERNELS`` chooses, for both: ``eager`` never uses them, ``native`` insists on them, and unset (or ``auto``)
-they are used where they are there. Whatever is chosen, the results are the same to the last bit.
+they are used where they are there. Whatever is chosen, the results are the same to the last bit. ``triton`` chooses
+`paretune.optim.kernels.triton_step` for optimizer steps; merging has no such kernels and does as for ``auto``.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from pathlib import Path
 from ..errors import ArgumentError
 
 VARIABLE = "PARETUNE_KERNELS"
-CHOICES = ("auto", "eager", "native")
+CHOICES = ("auto", "eager", "native", "triton")
 _VERSION = 2  # of the functions below; a library that was built from other source is not used
 KINDS = {"BF16": 0, "F16": 1, "F32": 2}
 ALL, RANDOM, MAGNITUDE = range(3)
-TILE, LANES, BLOCK = 512, 64, 1 << 16  # as in kernels.c
+TILE, LANES, BLOCK = 512, 64, 1 << 16  # as in numbers.h and vectors.h
 
 
 class Source(ctypes.Structure):
@@ -117,15 +118,27 @@ _FUNCTIONS: dict[str, list[type]] = {
 }
 
 
+def chosen() -> str:
+    """What ``PARETUNE_KERNELS`` asks for.
+
+    Raises:
+        ArgumentError: it is none of its values.
+    """
+    wanted = os.environ.get(VARIABLE) or "auto"
+    if wanted == "compile":
+        raise ArgumentError(VARIABLE, wanted, "torch.compile was slower than the C kernels here: unset it")
+    if wanted not in CHOICES:
+        raise ArgumentError(VARIABLE, wanted, f"choose one of {', '.join(CHOICES)}")
+    return wanted
+
+
 def kernels() -> ctypes.CDLL | None:
     """The library, or None where numpy does the work.
 
     Raises:
         ArgumentError: ``PARETUNE_KERNELS`` is none of its values, or demands a library that is not there.
     """
-    wanted = os.environ.get(VARIABLE) or "auto"
-    if wanted not in CHOICES:
-        raise ArgumentError(VARIABLE, wanted, f"choose one of {', '.join(CHOICES)}")
+    wanted = chosen()
     if wanted == "eager":
         return None
     found = _loaded()
@@ -149,6 +162,8 @@ def _loaded() -> ctypes.CDLL | None:
             if library.paretune_kernels_version() != _VERSION:
                 return None
             for name, arguments in _FUNCTIONS.items():
+                if not hasattr(library, name):
+                    setattr(library, name, library[f"{name}.ifunc"])  # as clang before 18 calls them
                 function = getattr(library, name)
                 function.argtypes, function.restype = arguments, None
             library.paretune_bracket.restype = ctypes.c_uint32

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy
 import torch
@@ -78,6 +78,7 @@ class AdamUpdate:
         mean, square: m and v after this step's gradient, flat.
         step: t, from 1.
         pending: the sum of earlier updates that await their merge (Step-K); None for none.
+        factor: f, flat, of m's dtype: δ ← f ⊙ δ, learning rates that differ from entry to entry; None for none.
         rounded: take √v correctly rounded, as the compiled kernels and other processors do. torch's own (MKL's on x86)
             is an ulp off in 0.5% of the elements, which ``AdamW(foreach=False)`` has as well.
     """
@@ -90,6 +91,7 @@ class AdamUpdate:
     eps: float
     released: bool = False
     pending: Tensor | None = None
+    factor: Tensor | None = None
     rounded: bool = False
 
     @property
@@ -99,6 +101,8 @@ class AdamUpdate:
     def at(self, index: Tensor) -> Tensor:
         """δ (with what is pending) at flat positions."""
         delta = self._delta(self.mean.take(index), self.square.take(index))
+        if self.factor is not None:
+            delta.mul_(self.factor[index])
         return delta if self.pending is None else delta.add_(self.pending[index])
 
     @staticmethod
@@ -106,7 +110,7 @@ class AdamUpdate:
         """``at`` of some updates, concatenated; computed at once where their settings are the same."""
         pairs = list(zip(updates, indices, strict=True))
         first = updates[0]
-        if any(u.pending is not None or u._settings() != first._settings() for u in updates):
+        if any(u.pending is not None or u.factor is not None or u.settings() != first.settings() for u in updates):
             return torch.cat([u.at(index) for u, index in pairs])
         mean = torch.cat([u.mean.take(index) for u, index in pairs])
         return first._delta(mean, torch.cat([u.square.take(index) for u, index in pairs]))
@@ -114,7 +118,15 @@ class AdamUpdate:
     def slice(self, start: int, stop: int, step: int = 1) -> Tensor:
         """δ (with what is pending) of a range."""
         delta = self._delta(self.mean[start:stop:step], self.square[start:stop:step])
+        if self.factor is not None:
+            delta.mul_(self.factor[start:stop:step])
         return delta if self.pending is None else delta.add_(self.pending[start:stop:step])
+
+    def cut(self, start: int, stop: int) -> AdamUpdate:
+        """δ of a range, sharing the memory of this one."""
+        at = slice(start, stop)
+        pending, factor = (None if x is None else x[at] for x in (self.pending, self.factor))
+        return replace(self, mean=self.mean[at], square=self.square[at], pending=pending, factor=factor)
 
     def above(self, start: int, stop: int, bound: float) -> Tensor:
         """Ascending positions, from ``start``, of a superset of the elements with |δ| ≥ bound > 0; NaN counts.
@@ -124,7 +136,8 @@ class AdamUpdate:
         """
         size, root = self.scales()
         needed = bound * self.eps / size if size else 0.0  # |m| is at least this
-        if self.pending is not None or not needed >= 1e-17:  # not a number for ε = 0 and an infinite bound
+        plain = self.pending is None and self.factor is None
+        if not plain or not needed >= 1e-17:  # not a number for ε = 0 and an infinite bound
             return above(self.slice(start, stop), bound)
         factor = (bound / size) ** 2 * (1.0 if self.released else 1 / root**2) * (1 - 1e-5)
         mean = self.mean[start:stop]
@@ -140,7 +153,8 @@ class AdamUpdate:
         below = (self.square[start:stop] * factor).addcmul_(mean, mean, value=-1)
         return (below >= 0).bitwise_not_().nonzero().view(-1)
 
-    def _settings(self) -> tuple[object, ...]:
+    def settings(self) -> tuple[object, ...]:
+        """What two updates must have in common to be computed together."""
         return self.step, self.lr, self.betas, self.eps, self.released, self.rounded, self.mean.dtype
 
     def scales(self) -> tuple[float, float]:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from .adamw import AdamUpdate, update_moments
-from .kernels import Compiled, compiled
+from .kernels import Kernels, compiled
+from .learning_rates import LearningRates
 from .parts import local, part_of
 from .rule import Agreed, Piece, Rule, require_shardable
 from .tau import Tau
-from .weights import Weights, weights_of
+from .weights import CHUNK, Weights, weights_of
 
 
 class GroupStep:
@@ -27,6 +28,7 @@ class GroupStep:
         rule: the merge.
         trained: plain names and parameters that have a gradient.
         states: their states, made before.
+        rates: factors of the learning rate; None for none.
     """
 
     def __init__(
@@ -35,19 +37,19 @@ class GroupStep:
         rule: Rule,
         trained: Sequence[tuple[str, Tensor]],
         states: Sequence[dict[str, Tensor]],
+        rates: LearningRates | None = None,
     ) -> None:
-        self.group, self.rule = group, rule
+        self.group, self.rule, self._rates = group, rule, rates
         self.due: bool = (group["calls"] + 1) % group["every"] == 0
         self.pieces: list[Piece] = []
         self._weights: list[Weights] = []
         self._pending: list[Tensor | None] = []
         self._gradients = [local(p.grad).reshape(-1) for _, p in trained if p.grad is not None]
-        self._decay = 1 - float(group["lr"]) * group["weight_decay"]
         if states:
             torch._foreach_add_([state["step"] for state in states], 1)
         for (name, p), state in zip(trained, states, strict=True):
             self._take(name, p, state)
-        self._kernels: Compiled | None = compiled()
+        self._kernels: Kernels | None = compiled()
         self._by_kernel = self._choose()
         self._advance()
 
@@ -55,14 +57,21 @@ class GroupStep:
         group = self.group
         part = part_of(name, p)
         require_shardable(name, part, self.rule.sparsify)
+        mean, lr = local(state["exp_avg"]).view(-1), float(group["lr"])
+        factor = None
+        if self._rates is not None:
+            one = self._rates.of_tensor(name)  # a learning rate like any other: all kernels take it
+            factor = self._rates.of_entries(name, part, mean) if one is None else None
+            lr *= 1.0 if one is None else one
         update = AdamUpdate(
-            local(state["exp_avg"]).view(-1),
+            mean,
             local(state["exp_avg_sq"]).view(-1),
             state["step"].item(),
-            float(group["lr"]),
+            lr,
             group["betas"],
             group["eps"],
             released=self._released,
+            factor=factor,
             rounded=not self._exact,
         )
         self.pieces.append(Piece(name, update, part))
@@ -90,6 +99,7 @@ class GroupStep:
             i
             for i, (piece, update) in enumerate(zip(self.pieces, self._updates(), strict=True))
             if self._pending[i] is None
+            and update.factor is None
             and kernels.knows(update, self._gradients[i])
             and kernels.merges(self.rule, piece, self._weights[i])
         ]
@@ -112,17 +122,26 @@ class GroupStep:
             exact=self._exact,
         )
         for weight, update, pending in zip(self._weights, updates, self._pending, strict=True):
-            if self._decay != 1 and not self._released:  # torch decays before the update, the released code after it
-                self._scale(weight)
+            if not self._released:  # torch decays before the update, the released code after it
+                self._shrink(weight, update)
             if self.due and pending is not None:  # Step-K: roll back to the last merge, merge everything since
                 update.pending = pending
                 weight.add(pending.neg())
 
-    def _scale(self, weight: Weights) -> None:
-        if self._kernels is None:
-            weight.scale(self._decay)
+    def _shrink(self, weight: Weights, update: AdamUpdate) -> None:
+        """θ ← (1 − f·ηλ)·θ."""
+        shrink = update.lr * self.group["weight_decay"]
+        if shrink == 0:
+            return
+        if update.factor is not None:
+            for start in range(0, weight.n, CHUNK):
+                at = slice(start, min(weight.n, start + CHUNK))
+                values = weight.get(at)
+                weight.put(at, values * (1 - update.factor[at].double() * shrink).to(values.dtype))
+        elif self._kernels is None:
+            weight.scale(1 - shrink)
         else:
-            self._kernels.scale(weight, self._decay)
+            self._kernels.scale(weight, 1 - shrink)
 
     def apply(self, tau: Tau, agreed: Mapping[str, Agreed]) -> None:
         """The merge where it is due, the plain update where it is not. ``agreed``: from `agree`."""
@@ -134,11 +153,11 @@ class GroupStep:
                 weight.add(delta)
                 if pending is not None:
                     pending.add_(delta)
-        for weight, pending in zip(self._weights, self._pending, strict=True):
+        for weight, update, pending in zip(self._weights, self._updates(), self._pending, strict=True):
             if self.due and pending is not None:
                 pending.zero_()
-            if self._decay != 1 and self._released:
-                self._scale(weight)
+            if self._released:
+                self._shrink(weight, update)
             weight.finish()
         self.group["calls"] += 1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +32,19 @@ CARDS = (16, 24, 32, 40, 48, 80, 96, 141, 192)  # GB of memory on cards that are
 _FREE = 0.8  # the share of a card that weights and state may take: the rest is for activations and the framework
 
 
+# bytes a parameter of both moments, tables included: 8, and 4 bits in blocks of 256 and 128 (torchao's defaults)
+MOMENTS = {"float32": 8.0, "8bit": 2 * (1 + 4 / 256), "fp8": 2 * (1 + 4 / 256), "4bit": 2 * (0.5 + 4 / 128)}
+TAU = {"files": 0.0, "bfloat16": 2.0, "int8": 1 + 4 / 64, "memory": 4.0, "none": 0.0}
+
+
 def planned(
-    method: str, dtype: torch.dtype, *, density: float = 0.05, every: int = 1, tau: str = "files"
+    method: str,
+    dtype: torch.dtype,
+    *,
+    density: float = 0.05,
+    every: int = 1,
+    tau: str = "files",
+    moments: str | float = "float32",
 ) -> dict[str, float]:
     """Bytes a trained parameter by part, before anything is built.
 
@@ -42,26 +53,63 @@ def planned(
         dtype: of the parameters: float32, bfloat16 or float64.
         density: p; counts for OnTIES, which keeps F(τ) at 6 bytes a kept entry.
         every: K; above 1 the sum of what awaits its merge is held.
-        tau: ``"files"`` (two checkpoints on disk), ``"memory"`` (models in memory: 4 bytes) or ``"none"``.
+        tau: ``"files"`` (two checkpoints on disk), ``"memory"`` (models in memory: 4 bytes), ``"bfloat16"`` or
+            ``"int8"`` (`TaskVector.stored`), or ``"none"``.
+        moments: ``"float32"``; ``"8bit"``, ``"fp8"``, ``"4bit"`` (torchao's AdamW) or a number, from `projected`
+            (GaLoreAdamW). Other than float32, merging wraps that optimizer, which takes a copy of the parameters for
+            the time of a step.
+
+    Raises:
+        ArgumentError: an unknown method, place of τ or kind of moments.
 
     Example:
         >>> planned("onties", torch.bfloat16, density=0.05)
         {'model': 2.0, 'gradients': 2.0, 'moments': 8.0, 'master': 2.0, 'tau': 0.3}
+        >>> planned("ondare", torch.bfloat16, moments="4bit")
+        {'model': 2.0, 'gradients': 2.0, 'moments': 1.0625, 'master': 2.0, 'copy': 2.0, 'tau': 0.0}
     """
     if method not in ("adamw", "ondare", "onties"):
         raise ArgumentError("method", method, "choose adamw, ondare or onties")
+    if tau not in TAU:
+        raise ArgumentError("tau", tau, f"choose one of {', '.join(TAU)}")
+    if isinstance(moments, str) and moments not in MOMENTS:
+        raise ArgumentError("moments", moments, f"choose one of {', '.join(MOMENTS)}, or pass a number of bytes")
     size = float(dtype.itemsize)
+    held = {"model": size, "gradients": size, "moments": MOMENTS[moments] if isinstance(moments, str) else moments}
     if method == "adamw":
-        return {"model": size, "gradients": size, "moments": 2 * size}
-    held = {"model": size, "gradients": size, "moments": 16.0 if size == 8 else 8.0}
+        return held if moments != "float32" else {**held, "moments": 2 * size}
+    if size == 8 and moments == "float32":
+        held["moments"] = 16.0
     if dtype == torch.bfloat16:
         held["master"] = 2.0
     if every > 1:
-        held["pending"] = held["moments"] / 2
-    held["tau"] = {"files": 0.0, "memory": 4.0, "none": 0.0}[tau]
+        held["pending"] = max(4.0, size)
+    if moments != "float32":
+        held["copy"] = size
+    held["tau"] = TAU[tau]
     if method == "onties" and tau != "none":
         held["tau"] += round(6 * density, 9)
     return held
+
+
+def projected(shapes: Iterable[Sequence[int]], rank: int) -> float:
+    """Bytes a parameter of `GaLoreAdamW`'s moments and projections.
+
+    Args:
+        shapes: of the trained parameters.
+        rank: of the projections; matrices no larger on their smaller side keep whole moments.
+
+    Example:
+        >>> projected([(2048, 2048)], rank=128)
+        0.75
+    """
+    held = count = 0
+    for shape in shapes:
+        n = math.prod(shape)
+        small = len(shape) == 2 and min(shape) > rank
+        held += 4 * rank * (2 * max(shape) + min(shape)) if small else 8 * n
+        count += n
+    return held / max(1, count)
 
 
 @dataclass(frozen=True)

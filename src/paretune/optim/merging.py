@@ -18,7 +18,7 @@ from .parts import Part, local, part_of
 from .pull import Amount, share_lost, tau_share
 from .rule import Agreed, DenseUpdate, Piece, Rule, agree, require_shardable
 from .tau import Tau
-from .weights import At, require_supported, weights_of
+from .weights import MASTER, At, require_supported, weights_of
 from .wrapper import OptimizerWrapper, require_dense
 
 _LOG = log.get("optim")
@@ -100,7 +100,7 @@ class OnlineMerging(OptimizerWrapper):
         >>> optimizer.step()
     """
 
-    own_state: ClassVar[frozenset[str]] = frozenset({"master_low", "pending"})
+    own_state: ClassVar[frozenset[str]] = frozenset({MASTER, "pending"})
 
     def __init__(
         self,
@@ -214,7 +214,7 @@ class OnlineMerging(OptimizerWrapper):
             change.pending = None
         delta = change.slice(0, change.n)
         local(p.detach()).copy_(before)
-        weights = weights_of(p, state.get("master_low"))
+        weights = weights_of(p, state.get(MASTER))
         if decay != 1:
             weights.scale(decay)
         if not merging:
@@ -236,7 +236,7 @@ class OnlineMerging(OptimizerWrapper):
 
     def _make_state(self, p: Tensor) -> None:
         state = self.own.setdefault(p, {})
-        kinds = {"master_low": torch.int16} if p.dtype == torch.bfloat16 else {}
+        kinds = {MASTER: torch.int16} if p.dtype == torch.bfloat16 else {}
         if self.every > 1:
             kinds["pending"] = torch.float64 if p.dtype == torch.float64 else torch.float32
         for key, dtype in kinds.items():

@@ -22,16 +22,18 @@ from ..operators import METHODS
 from ..task_vector import TaskVector, plain_name
 from .arguments import check_groups, check_run
 from .group_step import GroupStep
+from .learning_rates import Factors, LearningRates
 from .memory import MemoryReport, report
 from .parts import any_nonzero, part_of
 from .pull import Amount, share_lost, tau_share, weight_for_pull
 from .rule import Rule, agree, require_shardable
 from .tau import Tau
-from .weights import require_supported
+from .weights import MASTER, loaded, require_supported, saved
 from .wrapper import require_dense, require_same_names, unique_names
+from .zero import Partitions
 
 _LOG = log.get("optim")
-_STATE = ("step", "exp_avg", "exp_avg_sq", "master_low", "pending")
+_STATE = ("step", "exp_avg", "exp_avg_sq", MASTER, "pending")
 
 
 class _OnlineAdamW(Optimizer):
@@ -56,6 +58,7 @@ class _OnlineAdamW(Optimizer):
         rescale: Literal["none", "expectation", "l1"] | None = None,
         seed: int = 0,
         clip: float = 1.0,
+        learning_rates: Factors | None = None,
     ) -> None:
         resolved = check_run(self.method, tau, weight, pull, total_steps, every, variant, rescale, seed, clip)
         defaults = {
@@ -74,6 +77,8 @@ class _OnlineAdamW(Optimizer):
             "calls": 0,
             "tau_fingerprint": "none" if tau is None else tau.fingerprint,
         }
+        self._rates = LearningRates.of(learning_rates)
+        defaults["learning_rates"] = "none" if self._rates is None else self._rates.fingerprint
         self._vector = tau
         self._total_steps = total_steps
         self._complete = False
@@ -84,7 +89,7 @@ class _OnlineAdamW(Optimizer):
             share = self._share()
             for group in self.param_groups:
                 group["weight"] = weight_for_pull(pull, share, total_steps, group["every"])
-        self.statement: str = str(self.amount())
+        self.statement: str = str(self.amount()) + ("" if self._rates is None else f"; learning rates {self._rates}")
         _LOG.info(self.statement)
         if total_steps is not None and total_steps % every:
             _LOG.warning(
@@ -113,14 +118,29 @@ class _OnlineAdamW(Optimizer):
         return loss
 
     def _group_step(self, group: dict[str, Any]) -> GroupStep:
-        trained = self._trained(group)
-        return GroupStep(group, self._rule(group), trained, [self.state[p] for _, p in trained])
+        if self._partitions.replaced(group):
+            trained, states = self._cut(group)
+        else:
+            trained = self._trained(group)
+            states = [self.state[p] for _, p in trained]
+        return GroupStep(group, self._rule(group), trained, states, self._rates)
+
+    def _cut(self, group: dict[str, Any]) -> tuple[list[tuple[str, Tensor]], list[dict[str, Tensor]]]:
+        """What a partition of DeepSpeed's ZeRO holds of each parameter, with its state."""
+        if self.method != "ondare":
+            mend = "OnTIES ranks whole tensors, which a partition cuts: take OnDARE, or shard with FSDP2"
+            raise ArgumentError("optimizer", "OnTIES under DeepSpeed ZeRO", mend)
+        self._partitions.pieces(group)  # refuses before state is made
+        partition = group["params"][0]
+        if partition.grad is None:
+            return [], []
+        self._make_state(partition, group["every"])
+        found = self._partitions.pieces(group, self.state[partition])
+        self.state[partition]["step"] += 1
+        return found
 
     def _trained(self, group: dict[str, Any]) -> list[tuple[str, Tensor]]:
         """The parameters of a group that have a gradient, each with its state."""
-        if len(group["param_names"]) != len(group["params"]):  # DeepSpeed flattens them
-            mend = f"they were {len(group['param_names'])} named ones: shard with FSDP2 instead of DeepSpeed ZeRO"
-            raise ArgumentError("params", f"{len(group['params'])} replaced parameters", mend)
         named = [(plain_name(n), p) for n, p in zip(group["param_names"], group["params"], strict=True)]
         trained = [(name, p) for name, p in named if p.grad is not None]
         for name, p in trained:
@@ -147,7 +167,7 @@ class _OnlineAdamW(Optimizer):
         wide = torch.float64 if p.dtype == torch.float64 else torch.float32
         kinds = {"exp_avg": wide, "exp_avg_sq": wide}
         if p.dtype == torch.bfloat16:
-            kinds["master_low"] = torch.int16
+            kinds[MASTER] = torch.int16
         if every > 1:
             kinds["pending"] = wide
         if "step" not in state:
@@ -160,7 +180,7 @@ class _OnlineAdamW(Optimizer):
 
     def _initialising(self) -> bool:
         """Whether torch's distributed checkpoint steps only to make the state exist: empty state, lr 0, gradients 0."""
-        if self.state or any(float(group["lr"]) != 0 for group in self.param_groups):
+        if self.state or any(float(g["lr"]) != 0 or self._partitions.replaced(g) for g in self.param_groups):
             return False
         return not any_nonzero(p for group in self.param_groups for p in group["params"])
 
@@ -193,21 +213,29 @@ class _OnlineAdamW(Optimizer):
             raise ArgumentError("named_params", f"{len(everything)} names", "one parameter has two names: pass it once")
         # Names only: accelerate replaces the parameters by sharded ones, and must be able to free the whole ones.
         self._trainable = {name for name, p in everything.items() if p.requires_grad}
+        self._partitions = Partitions(everything)
         self._require(self._parameters())
         self._tau = Tau(self._vector)
 
     def _parameters(self) -> dict[str, Tensor]:
         """The trainable parameters as they are now, by plain name."""
-        pairs = ((n, p) for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True))
-        return {plain_name(name): p for name, p in pairs if plain_name(name) in self._trainable}
+        found: dict[str, Tensor] = {}
+        for group in self.param_groups:
+            if self._partitions.replaced(group):
+                named = self._partitions.pieces(group)[0]
+            else:
+                named = [(plain_name(n), p) for n, p in zip(group["param_names"], group["params"], strict=True)]
+            found.update((name, p) for name, p in named if name in self._trainable)
+        return found
 
     def _require(self, parameters: dict[str, Tensor]) -> None:
         sparsify = self._rule(self.param_groups[-1]).sparsify
         for name, p in parameters.items():
             require_supported(name, p)
             require_shardable(name, part_of(name, p), sparsify)
-        if self._vector is not None:
-            self._vector.match({name: tuple(p.shape) for name, p in parameters.items()})
+        for needed in (self._vector, self._rates):
+            if needed is not None:
+                needed.match({name: tuple(p.shape) for name, p in parameters.items()})
 
     def _share(self) -> float:
         parts = {name: part_of(name, p) for name, p in self._parameters().items()}
@@ -237,20 +265,28 @@ class _OnlineAdamW(Optimizer):
 
     def memory_report(self) -> MemoryReport:
         """The bytes that this rank holds now, by part; ``print`` it for bytes per parameter."""
-        trained = list(self._parameters().values())
-        return report(trained, (self.state.get(p, {}) for p in trained), self._tau.resident_bytes)
+        whole = [p for group in self.param_groups if self._partitions.replaced(group) for p in group["params"]]
+        trained = whole or list(self._parameters().values())
+        states = [self.state.get(p, {}) for p in trained]
+        return report(trained, states + (self._rates.resident if self._rates else []), self._tau.resident_bytes)
 
     # -- saving and loading ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's; the int16 halves of a split master are in it as bfloat16 of the same bits, which can be gathered."""
+        found = super().state_dict()
+        return {**found, "state": {index: saved(state) for index, state in found["state"].items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` gave, for the same parameters, order and task vector; dtypes are kept as saved.
 
         Raises:
-            StateError: it was saved by another optimizer, for other parameters, or with another task vector.
+            StateError: it was saved by another optimizer, for other parameters, or with another task vector or other
+                factors of the learning rate.
         """
-        saved = state_dict["param_groups"]
-        require_same_names(self.param_groups, saved)
-        for group, other in zip(self.param_groups, saved, strict=True):
+        groups = state_dict["param_groups"]
+        require_same_names(self.param_groups, groups)
+        for group, other in zip(self.param_groups, groups, strict=True):
             if other.get("method") != self.method:
                 was = other.get("method", "another optimizer")
                 raise StateError(
@@ -261,17 +297,24 @@ class _OnlineAdamW(Optimizer):
                     f"the saved state was made with task vector {other['tau_fingerprint'][:12]}, this one is "
                     f"{group['tau_fingerprint'][:12]}: pass the same base and reference"
                 )
+            before = other.get("learning_rates", "none")
+            if before != group["learning_rates"]:
+                raise StateError(
+                    f"the saved state was made with learning_rates {before}, this optimizer has "
+                    f"{group['learning_rates']}: pass the same factors"
+                )
         names = [group["param_names"] for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, own in zip(self.param_groups, names, strict=True):
             group["param_names"] = own
+            group.setdefault("learning_rates", "none")  # saved before there were any
         # torch has cast everything to the parameters' dtype: take the saved tensors
-        indices = [index for group in saved for index in group["params"]]
+        indices = [index for group in groups for index in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
         for index, p in zip(indices, parameters, strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
                 if key in _STATE[1:]:
-                    value = value.to(device=p.device, copy=True)
+                    value = loaded(key, value.to(device=p.device, copy=True))
                     self.state[p][key] = value.view(p.shape) if value.shape != p.shape else value
 
 
@@ -300,10 +343,14 @@ class OnDARE(_OnlineAdamW):
             released, which also knows ``"l1"``.
         seed: keys the masks; they do not touch torch's generator and are the same on any number of ranks.
         clip: the released clamp, > 0.
+        learning_rates: factors of η by parameter, for a whole tensor or each entry: a file of
+            ``paretune average fisher --as-learning-rates``, or ``{name: tensor}``. They scale δ before it is
+            sparsified, and weight decay, as a learning rate does; τ's part stays. With weight 0 and density 1 this is
+            AdamW with a learning rate for each entry.
 
     Raises:
         ArgumentError: a value out of range; parameters without names, or of an unsupported dtype.
-        MismatchError: a parameter has no tensor of its shape in τ.
+        MismatchError: a parameter has no tensor of its shape in τ, or no factor of the learning rate.
 
     Reference: arXiv 2405.17931, Eq. 3 and Algorithms 1, 2 (Algorithm 1 as printed has no bias correction; its code
     and ours have).

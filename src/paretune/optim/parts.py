@@ -119,7 +119,8 @@ def part_of(name: str, parameter: Tensor) -> Part:
         ArgumentError: a DTensor that is cut in a way that has no such form, or whose values are partial sums.
     """
     if not hasattr(parameter, "device_mesh"):
-        return whole(parameter.numel())
+        known: Part | None = getattr(parameter, "paretune_part", None)  # a fragment of ZeRO's: `zero.pieces`
+        return whole(parameter.numel()) if known is None else known
     mesh: Any = parameter.device_mesh
     dimensions = [getattr(placement, "dim", None) for placement in parameter.placements]  # type: ignore[attr-defined]
     cuts = sorted({dim for dim in dimensions if dim is not None})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple, cast
 
 import torch
@@ -28,6 +28,7 @@ from ..operators import (
     mask_key,
     sampled_indices_of,
 )
+from ..operators.masks import PAGE
 from .adamw import AdamUpdate
 from .parts import Part, sums
 from .sparse import union
@@ -53,6 +54,9 @@ class DenseUpdate:
 
     def slice(self, start: int, stop: int, step: int = 1) -> Tensor:
         return self.values[start:stop:step]
+
+    def cut(self, start: int, stop: int) -> DenseUpdate:
+        return DenseUpdate(self.values[start:stop])
 
     def above(self, start: int, stop: int, bound: float) -> Tensor:
         return above(self.values[start:stop], bound)
@@ -130,11 +134,30 @@ class Rule:
                 yield i, None, rule._dense_part(piece, tau, weight, call, device, agreed[piece.name])
             else:
                 yield i, None, rule.dense(piece, tau, weight, call, device)
-        for batch in self.batches(pieces):
-            results = self.sparse([pieces[i] for i in batch], tau, weight, call, device, agreed)
-            for i, parts in zip(batch, results, strict=True):
+        cut = [(i, start, piece) for i, each in enumerate(pieces) for start, piece in self.cut(each)]
+        for batch in self.batches([piece for _, _, piece in cut]):
+            results = self.sparse([cut[j][2] for j in batch], tau, weight, call, device, agreed)
+            for j, parts in zip(batch, results, strict=True):
+                which, start, _ = cut[j]
                 for index, values in parts:
-                    yield i, index, values
+                    yield which, index + start if start else index, values
+
+    def cut(self, piece: Piece) -> list[tuple[int, Piece]]:
+        """A piece in ranges that bounded scratch memory can draw masks for, each with where it starts in the piece."""
+        size = max(1, int(_BATCH / self.sparsify.density) // PAGE) * PAGE
+        first, stop = piece.part.range
+        update = piece.update
+        if (
+            stop - first <= size
+            or not isinstance(self.sparsify, Random)
+            or not self.is_sparse
+            or not piece.part.contiguous_everywhere
+            or not isinstance(update, AdamUpdate | DenseUpdate)
+        ):
+            return [(0, piece)]
+        marks = [first, *range(first // PAGE * PAGE + size, stop, size), stop]
+        parts = [(i, replace(piece.part, columns=(i, j))) for i, j in pairwise(marks)]
+        return [(i - first, Piece(piece.name, update.cut(i - first, i - first + part.n), part)) for i, part in parts]
 
     def batches(self, pieces: Sequence[Piece]) -> Iterator[list[int]]:
         """Which pieces take the sparse form, as many at a time as bounded scratch memory allows."""
@@ -144,11 +167,12 @@ class Rule:
             rule = self.for_size(piece.part.whole)
             if not rule.is_sparse:
                 continue
-            batch.append(i)
-            expected += piece.part.n * rule.sparsify.density
-            if expected > _BATCH:
+            size = piece.part.n * rule.sparsify.density
+            if batch and expected + size > _BATCH:
                 yield batch
                 batch, expected = [], 0.0
+            batch.append(i)
+            expected += size
         if batch:
             yield batch
 

@@ -6,8 +6,8 @@ int16 tensor beside it (a split float32 master, 2 bytes a parameter): an update 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ..errors import ArgumentError
 from .parts import local
 
 At: TypeAlias = "slice | Tensor"
+MASTER = "master_low"  # the state's key of the low halves
 CHUNK = 1 << 19  # elements handled at a time in dense passes: bounds the scratch memory
 
 
@@ -101,6 +102,33 @@ def split(values: Tensor) -> tuple[Tensor, Tensor]:
     bits = torch.where(values.isnan(), torch.nan, values).view(torch.int32)
     high = (bits + 0x8000) >> 16
     return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+
+
+def saved(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's state as state dicts hold it: the low halves under bfloat16's name, bit for bit.
+
+    No backend gathers 16-bit integers, as a whole (not sharded) state dict of sharded parameters must; bfloat16 numbers
+    are gathered and copied without being looked at. And torch, which casts state to its parameter's dtype when it
+    loads, has nothing to cast.
+    """
+    return {key: _seen_as(value, torch.bfloat16) if key == MASTER else value for key, value in state.items()}
+
+
+def loaded(key: str, value: Tensor) -> Tensor:
+    """The reverse of `saved` for one entry."""
+    return _seen_as(value, torch.int16) if key == MASTER else value
+
+
+def _seen_as(value: Tensor, dtype: torch.dtype) -> Tensor:
+    if not hasattr(value, "device_mesh"):
+        return value.view(dtype)
+    from torch.distributed.tensor import DTensor
+
+    whole: Any = value
+    return DTensor.from_local(
+        whole.to_local().view(dtype), whole.device_mesh, whole.placements, run_check=False, shape=whole.shape,
+        stride=whole.stride(),
+    )  # fmt: skip
 
 
 def require_supported(name: str, parameter: Tensor) -> None:

@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from ..errors import ArgumentError, StateError, examples
 from ..task_vector import plain_name
 from .parts import any_nonzero
+from .weights import loaded
+from .weights import saved as saved_state
 
 
 def unique_names(names: Iterable[str], argument: str) -> list[str]:
@@ -205,8 +207,12 @@ class OptimizerWrapper(Optimizer):
             ArgumentError: a group without names, or a name that occurs twice.
         """
         for index, group in enumerate(self.param_groups):
-            if len(group.get("param_names") or ()) != len(group["params"]):
+            names, found = group.get("param_names") or (), group["params"]
+            if len(names) != len(found):
                 mend = "its parameters have no names; build the optimizer from model.named_parameters()"
+                if names:
+                    mend = f"its {len(names)} parameters were replaced by {len(found)} (DeepSpeed ZeRO flattens them): "
+                    mend += "shard with FSDP2 (accelerate's fsdp_version: 2), or take OnDARE for ZeRO-1 and 2"
                 raise ArgumentError(f"param_groups[{index}]", type(self.inner).__name__, mend)
         names = iter(unique_names((n for g in self.param_groups for n in g["param_names"]), "param_names"))
         return [(group, [(next(names), p) for p in group["params"]]) for group in self.param_groups]
@@ -255,7 +261,7 @@ class OptimizerWrapper(Optimizer):
         entries = dict(saved["state"])
         for p, index in self._indices(saved):
             if p in self.own:
-                entries[index] = {**entries.get(index, {}), **self.own[p]}
+                entries[index] = {**entries.get(index, {}), **saved_state(self.own[p])}
         saved["state"] = entries
         for after in self._optimizer_state_dict_post_hooks.values():
             saved = after(self, saved) or saved
@@ -279,7 +285,7 @@ class OptimizerWrapper(Optimizer):
         own: dict[Tensor, dict[str, Tensor]] = {}
         for p, index in self._indices(state_dict):
             entry = entries.pop(index, {})
-            if mine := {key: entry[key].to(p.device) for key in self.own_state & entry.keys()}:
+            if mine := {key: loaded(key, entry[key].to(p.device)) for key in self.own_state & entry.keys()}:
                 own[p] = mine
             if rest := {key: value for key, value in entry.items() if key not in self.own_state}:
                 entries[index] = rest

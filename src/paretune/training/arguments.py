@@ -41,6 +41,9 @@ class RunArguments:
     variant: Literal["paper", "released"] | None = _argument("The paper's arithmetic or its released code's.")
     rescale: Literal["none", "expectation", "l1"] | None = _argument("Rescaling after sparsifying.")
     clip: float | None = _argument("Clamp of the released OnDARE.")
+    learning_rate_factors: str | None = _argument(
+        "File of factors of the learning rate, by entry or tensor, from paretune average fisher --as-learning-rates."
+    )
     lora_merging: Literal["gate", "absorb"] | None = _argument(
         "How --use_peft takes the task vector in: 'gate' (default) beside the adapter, 'absorb' into the weights."
     )
@@ -103,6 +106,9 @@ def check(arguments: RunArguments, *, trainer: str, uses_peft: bool, model: str 
         raise ArgumentError("child_tuning", "d", "its Fisher information needs answers, grpo has prompts; take f")
     if arguments.reward_function and trainer != "grpo":
         raise ArgumentError("reward_function", arguments.reward_function, "only grpo takes rewards")
+    if arguments.learning_rate_factors is not None and uses_peft:
+        mend = "its factors are of the whole weights, LoRA trains others; drop --use_peft"
+        raise ArgumentError("learning_rate_factors", arguments.learning_rate_factors, mend)
     for name in ("l2_to_reference", "l1_to_reference"):
         if getattr(arguments, name) is not None and uses_peft:
             raise ArgumentError(name, getattr(arguments, name), "with LoRA the reference is frozen already; drop it")

@@ -97,14 +97,17 @@ class EMACallback(TrainerCallback):
         self._show_policy()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
+        writes, model = state.is_world_process_zero, kwargs["model"]
+        sharded = any(hasattr(p, "device_mesh") for p in model.parameters())
         checkpoint = _checkpoint_of(args, state)
-        if not checkpoint.is_dir():
+        if not sharded and not (writes and checkpoint.is_dir()):
             return
         unfinished = checkpoint / f"{AVERAGE_DIRECTORY}.tmp"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        self._save(unfinished, kwargs["model"], kwargs.get("processing_class"))
+        if writes:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self._save(unfinished, model, kwargs.get("processing_class"), sharded, writes)
+        if not writes:
+            return
         shutil.rmtree(checkpoint / AVERAGE_DIRECTORY, ignore_errors=True)
         unfinished.rename(checkpoint / AVERAGE_DIRECTORY)
 
@@ -130,14 +133,16 @@ class EMACallback(TrainerCallback):
             self._required().swap()
             self._borrowed = False
 
-    def _save(self, directory: Path, model: nn.Module, processing_class: Any) -> None:
+    def _save(self, directory: Path, model: nn.Module, processing_class: Any, sharded: bool, writes: bool) -> None:
         average = self._required()
         average.swap()
         try:
-            model.save_pretrained(directory)  # type: ignore[operator]
+            weights = _gathered(model) if sharded else None  # by all ranks together, to the first
+            if writes:
+                model.save_pretrained(directory, state_dict=weights)  # type: ignore[operator]
         finally:
             average.swap()
-        if processing_class is not None:
+        if writes and processing_class is not None:
             processing_class.save_pretrained(directory)
         # The model's files are in the model's dtype and under its file names; what resumes the average is exact.
         average.save(directory / _EXACT_NAME)
@@ -154,6 +159,12 @@ class EMACallback(TrainerCallback):
     def _find_checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
         given = self._resume_from or args.resume_from_checkpoint
         return Path(given) if given and Path(given).is_dir() else _checkpoint_of(args, state)
+
+
+def _gathered(model: nn.Module) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 class Trajectory(TrainerCallback):

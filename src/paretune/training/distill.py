@@ -152,18 +152,17 @@ class Distill(Objective):
     def _made(self, model: Any, part: Sequences, count: int, setup: Setup) -> tuple[Tensor, Tensor]:
         was_training = model.training
         model.eval()
-        device, size = next(model.parameters()).device, setup.args.per_device_eval_batch_size
+        device = next(model.parameters()).device
         vocabulary = model.get_output_embeddings().weight.shape[0]
         k = min(self.top_k or 0, vocabulary)
         tokens, logps = torch.zeros(count, k, dtype=torch.int32), torch.zeros(count, k)
         counts = torch.tensor([int(marks.sum()) for marks in _marks(part)])
         first = counts.cumsum(0) - counts
-        chunks = [range(start, min(start + size, len(part))) for start in range(0, len(part), size)]
         with setup.autocast():
-            for rows in chunks[rank() :: world_size()]:
-                ids, completion = part.pad(list(rows), setup.tokenizer.pad_token_id)
+            for rows in _chunks(part, setup.args.per_device_eval_batch_size)[rank() :: world_size()]:
+                ids, completion = part.pad(rows, setup.tokenizer.pad_token_id)
                 best = completion_logps(model, ids.to(device), completion.to(device)).topk(k)
-                place = slice(int(first[rows[0]]), int(first[rows[0]]) + best.values.shape[0])
+                place = torch.cat([torch.arange(int(first[row]), int(first[row] + counts[row])) for row in rows])
                 logps[place], tokens[place] = best.values.cpu(), best.indices.int().cpu()
         model.train(was_training)
         return sum_over_ranks(tokens.float()).int() if world_size() > 1 else tokens, sum_over_ranks(logps)
@@ -243,6 +242,18 @@ def _rest(logps: Tensor) -> Tensor:
 def _marks(part: Sequences) -> list[Any]:
     """The predicted completion tokens of each sequence: the first token never is."""
     return [part.completion[int(part.starts[row]) + 1 : int(part.starts[row + 1])] for row in range(len(part))]
+
+
+def _chunks(part: Sequences, size: int) -> list[list[int]]:
+    """Rows of like length together, longest first, each time as many as fill ``size`` rows of the longest."""
+    lengths = (part.starts[1:] - part.starts[:-1]).tolist()
+    waiting = sorted(range(len(part)), key=lambda row: -lengths[row])
+    room = size * max(lengths)
+    chunks, start = [], 0
+    while start < len(waiting):
+        chunks.append(waiting[start : start + room // lengths[waiting[start]]])
+        start += len(chunks[-1])
+    return chunks
 
 
 def _read(file: Path, tokens: int) -> tuple[Tensor, Tensor] | None:

@@ -396,5 +396,9 @@ def _check_arguments(trainer: Trainer) -> None:
         raise ArgumentError(
             "n_gpu", trainer.args.n_gpu, "joint training uses one process a GPU; start it with torchrun or accelerate"
         )
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.cpu_ram_efficient_loading and world_size() > 1:
+        mend = "all ranks but the first then hold an empty model where reference log-probabilities are computed"
+        raise ArgumentError("fsdp_cpu_ram_efficient_loading", True, f"{mend}: set it to false")
     if trainer.is_deepspeed_enabled:
         raise ArgumentError("deepspeed", trainer.args.deepspeed, "joint training runs on DDP and FSDP; take one")

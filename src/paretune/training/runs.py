@@ -51,7 +51,7 @@ def run(request: Request, method: Method) -> Run:
     from transformers import EarlyStoppingCallback
 
     from paretune.training.callbacks import EMACallback, Trajectory
-    from paretune.training.trainer import attach, total_steps
+    from paretune.training.trainer import attach, save_whole_model, total_steps
 
     own, arguments = request.own, request.training
     output = Path(str(arguments.output_dir))
@@ -107,7 +107,7 @@ def run(request: Request, method: Method) -> Run:
     metrics = dict(outcome.metrics) if end > begin else {}
     if data.evaluates:
         metrics.update(trainer.evaluate())
-    trainer.save_model(str(output))
+    save_whole_model(trainer, str(output))
     record.update(
         status="finished",
         steps=end,

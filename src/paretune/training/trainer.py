@@ -122,6 +122,20 @@ def total_steps(trainer: Trainer) -> int:
     return math.ceil(arguments.num_train_epochs * updates)
 
 
+def save_whole_model(trainer: Trainer, directory: str) -> None:
+    """``trainer.save_model``, which writes no weights at all where checkpoints are sharded (FSDP's usual setting)."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None) if trainer.is_fsdp_enabled else None
+    if plugin is None:
+        trainer.save_model(directory)
+        return
+    checkpoints = plugin.state_dict_type
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+    try:
+        trainer.save_model(directory)
+    finally:
+        plugin.set_state_dict_type(checkpoints)
+
+
 def _remember_total_steps(trainer: Trainer) -> None:
     """Note the trainer's own step count where it computes it: just before it creates the optimizer."""
     original = trainer.set_initial_training_values

@@ -1,4 +1,4 @@
-"""The optimizer step in C (``native/optimizer.c``): for float32 and bfloat16 parameters on the CPU.
+"""The optimizer step in C (``native/step.c`` and ``largest.c``): for float32 and bfloat16 parameters on the CPU.
 
 moments                one pass over g, m, v
 OnDARE                 then δ and θ only at the sampled positions
@@ -25,7 +25,7 @@ from ..sparse import SparseVector
 from ..tau import Tau
 from ..weights import Weights
 
-_TILE = 512  # as in optimizer.c
+_TILE = 512  # as in numbers.h
 _SMALL = 1 << 14  # up to this size all elements are candidates: 4·LINE·LINES there
 _SHARE = 1 << 20  # elements that one thread takes at a time
 _LARGEST = 2**31 - _TILE  # positions are stored in 32 bits
@@ -102,63 +102,64 @@ class Compiled:
             weight: α.
             call: the step, which keys the masks.
         """
+        adams = _Adams(rule, weight)
         if isinstance(rule.sparsify, Random):
-            for batch in rule.batches(pieces):
-                some = [(pieces[i], weights[i], gradients[i]) for i in batch]
-                own, other, values = rule.drawn([piece for piece, _, _ in some], tau, call)
+            cut = [(i, start, part) for i, each in enumerate(pieces) for start, part in rule.cut(each)]
+            for batch in rule.batches([part for _, _, part in cut]):
+                own, other, values = rule.drawn([cut[j][2] for j in batch], tau, call)
                 theirs = zip(other, values.split([index.numel() for index in other]), strict=True)
-                drawn = [
-                    partial(self._add_at, rule, *one, index, *entries, weight)
-                    for one, index, entries in zip(some, own, theirs, strict=True)
-                ]
-                _run(drawn, sum(piece.part.n for piece, _, _ in some))
+                drawn = []
+                for j, index, entries in zip(batch, own, theirs, strict=True):
+                    i, start, part = cut[j]
+                    area = _parameter(_adam_update(pieces[i]), gradients[i], weights[i], start, start + part.part.n)
+                    drawn.append(partial(self._add_at, adams.of(pieces[i]), area, index, *entries))
+                _run(drawn, sum(cut[j][2].part.n for j in batch))
             return
         density = rule.sparsify.density
         tasks = []
         for piece, theta, gradient in zip(pieces, weights, gradients, strict=True):
-            stored = tau.largest(piece.name, density, piece.part)
-            tasks.append(partial(self._add_largest, rule, piece, theta, gradient, stored, weight))
+            stored, area = (
+                tau.largest(piece.name, density, piece.part),
+                _parameter(_adam_update(piece), gradient, theta),
+            )
+            k = kept(density, piece.part.n)
+            tasks.append(partial(self._add_largest, adams.of(piece), area, k, stored))
         _run(tasks, sum(piece.part.n for piece in pieces))
 
-    def _add_at(
-        self,
-        rule: Rule,
-        piece: Piece,
-        theta: Weights,
-        gradient: Tensor,
-        index: Tensor,
-        places: Tensor,
-        values: Tensor,
-        weight: float,
-    ) -> None:
-        update = _adam_update(piece)
+    def _add_at(self, adam: Adam, area: Parameter, index: Tensor, places: Tensor, values: Tensor) -> None:
         entries = Kept(places.data_ptr(), None, None, values.data_ptr(), places.numel())
         self._library.paretune_add_at(
-            ctypes.byref(_adam(update, rule, weight)),
-            ctypes.byref(_parameter(update, gradient, theta, 0, update.n)),
-            index.data_ptr(),
-            index.numel(),
-            ctypes.byref(entries),
+            ctypes.byref(adam), ctypes.byref(area), index.data_ptr(), index.numel(), ctypes.byref(entries)
         )
 
-    def _add_largest(
-        self, rule: Rule, piece: Piece, theta: Weights, gradient: Tensor, stored: SparseVector, weight: float
-    ) -> None:
-        update, k = _adam_update(piece), kept(rule.sparsify.density, piece.part.n)
+    def _add_largest(self, adam: Adam, area: Parameter, k: int, tau: SparseVector) -> None:
         size = 3 * k + _SMALL + _TILE
         index, values = torch.empty(size, dtype=torch.int32), torch.empty(size)
-        entries = Kept(
-            None, stored.local.data_ptr(), stored.pages.data_ptr(), stored.values.data_ptr(), stored.values.numel()
-        )
+        entries = Kept(None, tau.local.data_ptr(), tau.pages.data_ptr(), tau.values.data_ptr(), tau.values.numel())
         self._library.paretune_add_largest(
-            ctypes.byref(_adam(update, rule, weight)),
-            ctypes.byref(_parameter(update, gradient, theta, 0, update.n)),
+            ctypes.byref(adam),
+            ctypes.byref(area),
             k,
             ctypes.byref(entries),
             index.data_ptr(),
             values.data_ptr(),
             size,
         )
+
+
+class _Adams:
+    """The numbers of a merge for each of the settings among its parameters."""
+
+    def __init__(self, rule: Rule, weight: float) -> None:
+        self._rule, self._weight = rule, weight
+        self._found: dict[tuple[object, ...], Adam] = {}
+
+    def of(self, piece: Piece) -> Adam:
+        update = _adam_update(piece)
+        settings = update.settings()
+        if settings not in self._found:
+            self._found[settings] = _adam(update, self._rule, self._weight)
+        return self._found[settings]
 
 
 def _adam_update(piece: Piece) -> AdamUpdate:
@@ -187,16 +188,20 @@ def _adam(update: AdamUpdate, rule: Rule | None = None, weight: float = 0.0) -> 
     return adam
 
 
-def _parameter(update: AdamUpdate, gradient: Tensor, weights: Weights | None, start: int, stop: int) -> Parameter:
+def _parameter(
+    update: AdamUpdate, gradient: Tensor, weights: Weights | None, start: int = 0, stop: int | None = None
+) -> Parameter:
     """Addresses; the caller holds the tensors."""
+    flat = None if weights is None else weights.flat
+    low = None if weights is None else weights.low
     return Parameter(
-        theta=None if weights is None else weights.flat.data_ptr(),
-        low=None if weights is None or weights.low is None else weights.low.data_ptr(),
-        mean=update.mean.data_ptr() + 4 * start,
-        square=update.square.data_ptr() + 4 * start,
-        gradient=gradient.data_ptr() + gradient.element_size() * start,
-        gradient_half=gradient.dtype == torch.bfloat16,
-        n=stop - start,
+        None if flat is None else flat.data_ptr() + flat.element_size() * start,
+        None if low is None else low.data_ptr() + 2 * start,
+        update.mean.data_ptr() + 4 * start,
+        update.square.data_ptr() + 4 * start,
+        gradient.data_ptr() + gradient.element_size() * start,
+        gradient.dtype == torch.bfloat16,
+        (update.n if stop is None else stop) - start,
     )
 
 
