@@ -5,7 +5,7 @@ import platform
 
 from setuptools import Extension, setup
 
-ARGUMENTS = ["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-trapping-math"]
+ARGUMENTS = ["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
 if platform.machine() in ("x86_64", "AMD64"):
     ARGUMENTS.append("-mprefer-vector-width=512")  # in the clones for processors that have such registers
 NATIVE = "src/paretune/native/"

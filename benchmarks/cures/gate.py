@@ -1,14 +1,16 @@
 """The Fisher gate as learning rates, against the gate after training.
 
-    python benchmarks/cures/gate.py --worlds known,standard --seeds 4,5,6
+    python benchmarks/cures/gate.py train --worlds known,standard --seeds 4,5,6
+    python benchmarks/cures/gate.py table     # beside the gate after training, of records.jsonl
 
-Appends to gate_records.jsonl; what is there is not made again. One process, one thread. What gate and dial cost is
-measured by gate_cost.py.
+``train`` appends to gate_records.jsonl; what is there is not made again. One process, one thread. What gate and dial
+cost is measured by gate_cost.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import run as cures_run
+import table as cures_table
 import torch
 
 from paretune.demo import cures
@@ -59,11 +62,36 @@ def rows() -> Iterator[tuple[Row, tuple[float, ...]]]:
 
 
 def train(options: argparse.Namespace) -> None:
-    cures_run.rows = rows  # type: ignore[assignment]
+    cures_run.rows = rows
     logging.getLogger("paretune").setLevel(logging.WARNING)
     for seed in map(int, options.seeds.split(",")):
         for world in options.worlds.split(","):
             cures_run.run(world, seed, options.out / "gate_records.jsonl", None)
+
+
+def table(options: argparse.Namespace) -> None:
+    """Skills where each curve reaches the most reward that AdamW reaches, and where it reaches 95."""
+    files = (HERE / "records.jsonl", *options.records, options.out / "gate_records.jsonl")
+    lines = {}
+    for file in files:
+        for text in file.read_text().splitlines() if file.exists() else ():
+            line = json.loads(text)
+            lines[line["world"], line["seed"], line["method"], json.dumps(line["setting"])] = line
+    everything = cures_table.curves(list(lines.values()))
+    done = [key for key, own in everything.items() if "AdamW over lr" in own and any("rates" in name for name in own)]
+    wanted = {key: max(reward for reward, _ in everything[key]["AdamW over lr"]) for key in done}
+    print(
+        "| skills at AdamW's most reward / at 95 | "
+        + " | ".join(f"{w} {s} ({wanted[w, s]:.1f})" for w, s in done)
+        + " |"
+    )
+    print("|---" * (len(done) + 1) + "|")
+    for name in dict.fromkeys(name for key in done for name in everything[key]):
+        cells = []
+        for key in done:
+            found = [cures_table.at(everything[key].get(name, []), reward) for reward in (wanted[key], 95.0)]
+            cells.append(" / ".join("X" if value is None else f"{value:.1f}" for value in found))
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 def main() -> None:
@@ -74,6 +102,10 @@ def main() -> None:
     one.add_argument("--seeds", default="4,5,6")
     one.add_argument("--out", type=Path, default=HERE)
     one.set_defaults(run=train)
+    two = commands.add_parser("table")
+    two.add_argument("--records", type=Path, nargs="*", default=[], help="further files like records.jsonl")
+    two.add_argument("--out", type=Path, default=HERE)
+    two.set_defaults(run=table)
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.run(options)

@@ -2,10 +2,12 @@
 
     python benchmarks/cures/gate_cost.py memory   # peak resident memory of the Fisher pass, of DPO, of a backward
     python benchmarks/cures/gate_cost.py time     # Fisher pass (samples included) ÷ a plain DPO run
-    python benchmarks/cures/gate_cost.py dial     # dial of 7 points ÷ 7 times merge, generate, score
+    python benchmarks/cures/gate_cost.py dial     # dial of 7 points ÷ 7 runs of one point; ÷ 7 times by hand
+    python benchmarks/cures/gate_cost.py dial --tiny
 
-A Llama of 58M parameters with random weights (its cost is that of a trained one), float32, one thread. Every figure is
-of processes of its own: CPU seconds of user and system, peak resident memory as the kernel counts it.
+A Llama of 58M parameters (``--tiny``: of the tiny world's size) with random weights, whose cost is that of a trained
+one, float32, one thread. Every figure is of processes of its own: CPU seconds of user and system, peak resident memory
+as the kernel counts it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import random
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 VOCABULARY = 32_000
 SHAPE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
+TINY = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
 LENGTH, PROMPT = 96, 32  # tokens of a sequence, and of its prompt
 PAIRS, STEPS = 16, 80  # of a DPO step, of the run: the tiny world's
 FISHER = (160, 192)  # preferred answers, own samples
@@ -39,22 +41,21 @@ TEMPLATE = (
 )
 
 
-def build(folder: Path) -> None:
-    """``sft`` and ``aligned``, prompts and a reward."""
+def build(folder: Path, shape: dict[str, int], vocabulary: int) -> None:
+    """``sft`` and ``aligned``, prompts, pairs and a reward."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     words = ["<pad>", "<unk>", "<eos>", "<user>", "<bot>"]
-    words += [f"w{i}" for i in range(VOCABULARY - len(words))]
+    words += [f"w{i}" for i in range(vocabulary - len(words))]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<eos>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=TEMPLATE, model_max_length=512, **special)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, max_position_embeddings=512, pad_token_id=0, eos_token_id=2, bos_token_id=None, **SHAPE
-    )  # fmt: skip
+    sizes: dict[str, Any] = {**shape, "vocab_size": vocabulary, "max_position_embeddings": 512}
+    config = LlamaConfig(pad_token_id=0, eos_token_id=2, bos_token_id=None, **sizes)
     model = LlamaForCausalLM(config)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters", file=sys.stderr)
     for name in ("sft", "aligned"):
@@ -199,34 +200,48 @@ def seconds(folder: Path) -> dict[str, Any]:
 
 
 def dialled(folder: Path) -> dict[str, Any]:
-    """The same prompts, tokens and reward both ways; the dial watches agreement as well."""
+    """One dial of 7 points; dials of one point each; merge, generate and score, which watch no agreement.
+
+    The single runs are made at two of the scales and counted 3.5 times: each costs the same.
+    """
     decoding = ["--max-new-tokens", "32", "--temperature", "1", "--batch-size", "16", "--quiet"]
     asked = ["--prompts", str(folder / "prompts.jsonl")]
     reward = ["--reward", f"{folder / 'reward.py'}:length"]
     ends = ["--pre", str(folder / "sft"), "--post", str(folder / "aligned")]
-    ladder = ["--ladder", ",".join(f"{s:g}" for s in LADDER), "--least-exact", "0", "--largest-kl", "1e9"]
-    began = time.time()
-    one, peak = measured([*CLI, "average", "dial", *ends, *asked, *reward, *ladder, *decoding])
-    wall = time.time() - began
-    found = []
-    for scale in LADDER:
+    never = ["--least-exact", "0", "--largest-kl", "1e9"]
+
+    def dial(*scales: float) -> float:
+        ladder = ["--ladder", ",".join(f"{s:g}" for s in scales)]
+        return said("dial", measured([*CLI, "average", "dial", *ends, *asked, *reward, *ladder, *never, *decoding])[0])
+
+    def by_hand(scale: float) -> float:
         with tempfile.TemporaryDirectory(dir=folder) as out:
             model, answers = f"{out}/model", f"{out}/answers.jsonl"
             weights = ["--model", f"{folder / 'sft'}={1 - scale}", "--model", f"{folder / 'aligned'}={scale}"]
             total = measured([*CLI, "merge", "linear", *weights, "-o", model, "--quiet"])[0]
             total += measured([*CLI, "generate", model, *asked, *decoding, "-o", answers])[0]
-            total += measured([*CLI, "score", answers, *reward, "--quiet"])[0]
-            found.append(total)
-    many = sum(found)
-    return {"dial": round(one, 1), "7 × merge, generate, score": round(many, 1), "÷": round(one / many, 3),
-            "dial's peak MB": round(peak), "dial's wall": round(wall, 1)}  # fmt: skip
+            return said("by hand", total + measured([*CLI, "score", answers, *reward, "--quiet"])[0])
+
+    one = dial(*LADDER)
+    single = len(LADDER) / 2 * (dial(0.5) + dial(1.5))
+    hand = len(LADDER) / 2 * (by_hand(0.5) + by_hand(1.5))
+    found = {"dial of 7": one, "7 dials of 1": single, "÷": one / single, "7 × merge, generate, score": hand}
+    return {name: round(value, 3) for name, value in (found | {"÷ (nothing watched)": one / hand}).items()}
+
+
+def said(what: str, value: float) -> float:
+    print(f"{what}: {value:.1f} CPU seconds", file=sys.stderr, flush=True)
+    return value
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     for name, function in {"memory": memory, "time": seconds, "dial": dialled}.items():
-        commands.add_parser(name).set_defaults(function=function)
+        each = commands.add_parser(name)
+        each.set_defaults(function=function, tiny=False)
+        if function is dialled:
+            each.add_argument("--tiny", action="store_true")
     one = commands.add_parser("part")  # of itself
     one.add_argument("name", choices=PARTS)
     one.add_argument("folder", type=Path)
@@ -235,7 +250,7 @@ def main() -> None:
         PARTS[options.name](options.folder)
         return
     with tempfile.TemporaryDirectory() as folder:
-        build(Path(folder))
+        build(Path(folder), *((TINY, 240) if options.tiny else (SHAPE, VOCABULARY)))
         print(json.dumps(options.function(Path(folder)), ensure_ascii=False, indent=1))
 
 

@@ -42,6 +42,7 @@ from paretune.demo.rehearse import Replay, real_replay, self_rehearsal
 
 WORLDS = {"polite": ("polite", False), "brief": ("short", False), "on-policy": ("polite", True)}
 RATES = (1e-5, 2e-5, 4e-5, 8e-5)
+BETWEEN = (2.8e-5,)  # where skills fall: the control's curve is finer there, the choice among RATES stays
 LADDER = (0.3, 0.5, 0.7, 0.85, 1.0, 1.25)
 GATED = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 CLOSE = 2.0  # points of reward
@@ -103,7 +104,7 @@ def learning_rate(lines: list[dict[str, Any]]) -> float:
     found = {
         line["lr"]: line["points"][0]["reward"]
         for line in lines
-        if line["world"] == "polite" and line["method"] == "AdamW"
+        if line["world"] == "polite" and line["method"] == "AdamW" and line["lr"] in RATES
     }
     if set(found) != set(RATES):
         raise SystemExit("the learning rate is found on AdamW in polite: run --worlds polite --methods AdamW first")
@@ -123,6 +124,8 @@ def rows() -> Iterator[tuple[Row, tuple[float, ...]]]:
         yield Row(method, "joint", rehearsed, {"source": source}), LADDER
     yield Row("TIES", "offline", methods._offline, {"merge": "ties", "weight": 0.7, "density": 0.7}), LADDER
     yield Row("EMA", "regularisation", methods._average, {"decay": 0.02}), LADDER
+    for lr in BETWEEN:
+        yield Row("AdamW", "control", adamw, {"lr": lr}), ()
 
 
 def adamw(bench: Bench, row: Row) -> Made:

@@ -27,8 +27,6 @@ FULL: dict[str, dict[str, float]] = {
     "OnTIES (0.05), float32": planned("onties", FP32),
     "AdamW, bfloat16 (loses small updates)": planned("adamw", BF16),
     "OnDARE, bfloat16 + split master": planned("ondare", BF16),
-    "the same, τ in memory as bfloat16": planned("ondare", BF16, tau="bfloat16"),
-    "the same, τ in memory as int8": planned("ondare", BF16, tau="int8"),
     "OnTIES (0.05), bfloat16 + split master": planned("onties", BF16),
     "OnDARE, bfloat16 + split master, Step-K": planned("ondare", BF16, every=8),
     "OnlineMerging(torchao AdamW8bit), Random, bfloat16 + split master": planned("ondare", BF16, moments="8bit"),

@@ -5,7 +5,7 @@
 Wall time of a step between two waits for the card, medians, after a warm-up: what the host does is counted, for OnDARE
 also the drawing and reading of τ's entries. "after a pause": half a second before each step, as a model's forward and
 backward pass would take, in which the Triton step reads τ's entries ahead. Llama-like tensors; two sets of gradients
-take turns; τ is read from two bfloat16 checkpoints on disk (warm page cache). Transient is the peak of the card's memory
+take turns; τ is read from two bfloat16 checkpoints on disk (warm page cache). Transient: the peak of the card's memory
 above what is held. Prints Markdown; needs about 24 bytes of the card's memory a parameter.
 """
 

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from .training.objectives import DPO, KTO, SFT, Objective, Setup
     from .training.rehearsal import Leakage, SelfPrompts, self_answers, self_prompts
     from .training.schedules import Alright, MaxRight, Mix, Schedule, Sequential
+    from .training.stall import StallWarning
     from .training.tax_probe import TaxProbe
     from .training.trainer import attach
 
@@ -97,6 +98,7 @@ _HOMES = {
     "training.objectives": ("DPO", "KTO", "Objective", "SFT", "Setup"),
     "training.rehearsal": ("Leakage", "SelfPrompts", "self_answers", "self_prompts"),
     "training.schedules": ("Alright", "MaxRight", "Mix", "Schedule", "Sequential"),
+    "training.stall": ("StallWarning",),
     "training.tax_probe": ("TaxProbe",),
     "training.trainer": ("attach",),
 }
@@ -147,6 +149,7 @@ __all__ = [
     "Sequential",
     "Setup",
     "SignElection",
+    "StallWarning",
     "StateError",
     "TaskVector",
     "TaxProbe",

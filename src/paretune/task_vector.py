@@ -166,7 +166,7 @@ class TaskVector(Mapping[str, tuple[int, ...]]):
 
     @property
     def resident_bytes(self) -> int:
-        """Memory that τ holds: 0 for checkpoints on disk, 4 bytes an element where a side was in memory (or `stored`)."""
+        """Memory it holds: 0 for checkpoints on disk, 4 bytes an element where a side was in memory; see `stored`."""
         return sum(part.resident_bytes for part in self._parts.values())
 
     @cached_property

@@ -41,8 +41,15 @@ RAN: dict[str, int] = {}
 
 
 def fused(self: Any, x: Any, y: Any, z: Any) -> Any:
-    """x·y + z rounded once, as on a card (but for one double rounding in about 2²⁹); the interpreter rounds twice."""
-    wide = x.data.astype(numpy.float64) * y.data + z.data
+    """x·y + z rounded once, as on a card; the interpreter's own rounds twice."""
+    product, addend = x.data.astype(numpy.float64) * y.data, z.data.astype(numpy.float64)  # exact
+    wide = product + addend
+    behind = wide - product
+    lost = (product - (wide - behind)) + (addend - behind)  # exact, if finite
+    # rounded to odd, so that the second rounding sees on which side of a tie the sum was
+    even = wide.view(numpy.int64) & 1 == 0
+    aside = numpy.nextafter(wide, numpy.where(lost > 0, numpy.inf, -numpy.inf))
+    wide = numpy.where(even & ((lost > 0) | (lost < 0)), aside, wide)
     return interpreter.TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
 
 

@@ -111,6 +111,20 @@ def test_the_file_is_made_once_and_made_again_when_broken(tmp_path: Path) -> Non
     assert len(list(tmp_path.iterdir())) == 2  # another reference has a file of its own
 
 
+def test_rows_of_like_length_are_asked_together(tmp_path: Path) -> None:
+    """What is kept belongs to its row all the same."""
+    reference = make_model(seed=0).eval()
+    asked: list[tuple[int, ...]] = []
+    handle = reference.get_input_embeddings().register_forward_pre_hook(lambda _, given: asked.append(given[0].shape))
+    objective = prepared(tmp_path, reference, top_k=VOCABULARY)
+    handle.remove()
+    assert sum(size for size, _ in asked) == objective.rows("train")
+    assert [length for _, length in asked] == sorted((length for _, length in asked), reverse=True)
+    for row in range(objective.rows("train")):
+        batch = objective.batch("train", [row])
+        assert objective.loss(reference, batch).item() == pytest.approx(0, abs=1e-6)
+
+
 def test_on_the_fly_holds_the_reference_as_it_was(tmp_path: Path) -> None:
     model = make_model(seed=0).eval()
     objective = prepared(tmp_path, model, top_k=None)
@@ -135,7 +149,8 @@ def test_wrong_arguments(options: dict[str, Any]) -> None:
         pt.Distill([], **options)
 
 
-def test_joint_training_with_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("schedule", [pt.Alright(), pt.Mix(), pt.MaxRight(refresh_every=2)])
+def test_joint_training_with_it(schedule: Any, tmp_path: Path) -> None:
     from transformers import TrainingArguments
 
     arguments = TrainingArguments(
@@ -147,7 +162,12 @@ def test_joint_training_with_it(tmp_path: Path) -> None:
         "dpo": pt.DPO(rows("dpo", 6), cache_dir=tmp_path),
     }
     trainer = pt.JointTrainer(
-        make_model(), arguments, objectives=objectives, schedule=pt.Alright(), processing_class=make_tokenizer()
+        make_model(), arguments, objectives=objectives, schedule=schedule, processing_class=make_tokenizer()
     )
     trainer.train()
-    assert {step["objective"] for step in trainer.steps} == {"rehearsal", "dpo"}
+    trained = {step["objective"] for step in trainer.steps}
+    if isinstance(schedule, pt.MaxRight):
+        assert trained <= {"rehearsal", "dpo"}
+        assert set(trainer.steps[0]["stale"]) == {"rehearsal", "dpo"}  # it chose between the two
+    else:
+        assert trained == ({"mix"} if isinstance(schedule, pt.Mix) else {"rehearsal", "dpo"})

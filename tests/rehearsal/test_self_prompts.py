@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +101,50 @@ def test_killed_and_resumed_is_the_same(model: Any, tmp_path: Path, monkeypatch:
     assert (tmp_path / "killed.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
     assert len(calls) - before < before + 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.jsonl", "whole.jsonl"]
+
+
+CHILD = """
+import sys, time
+sys.path[:0] = sys.argv[2:4]
+from pathlib import Path
+from test_self_prompts import KILLED, make_model, make_rehearsal, make_tokenizer
+model = make_model().eval()
+forward = type(model).forward
+def slow(*given, **named):
+    time.sleep(0.01)
+    return forward(*given, **named)
+type(model).forward = slow  # of the tuned copy as well
+make_rehearsal(model, make_tokenizer(), Path(sys.argv[1]), **KILLED)
+"""
+KILLED: dict[str, Any] = {
+    "source": "prompt-model", "count": 24, "seeds": SEEDS, "temperature": 1.0, "max_tokens": 8, "max_new_tokens": 40,
+    "batch_size": 4, "progress": False,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_killed_anywhere_and_resumed_is_the_same(model: Any, tmp_path: Path) -> None:
+    """Among the prompts, then among the answers; never before a line more than last time."""
+    here, out = Path(__file__).parent, tmp_path / "killed.jsonl"
+    work = tmp_path / ".killed.jsonl.work"
+    for name, more in (("prompts", 5), ("answers", 3), ("answers", 4)):
+        command = [sys.executable, "-c", CHILD, str(out), str(here), str(here.parent)]
+        child = subprocess.Popen(command)
+        wanted = lines(work, name) + more
+        while lines(work, name) < wanted:
+            assert child.poll() is None, "it finished before it was killed"
+            time.sleep(0.002)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert not out.exists()
+    make_rehearsal(model, make_tokenizer(), out, **KILLED)
+    make_rehearsal(model, make_tokenizer(), tmp_path / "whole.jsonl", **KILLED)
+    assert out.read_text() == (tmp_path / "whole.jsonl").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.jsonl", "whole.jsonl"]
+
+
+def lines(work: Path, name: str) -> int:
+    return sum(file.read_bytes().count(b"\n") for file in work.glob(f"{name}*"))
 
 
 def test_prompts_alike_can_be_sampled_instead(model: Any, tmp_path: Path) -> None:

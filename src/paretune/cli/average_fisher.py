@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -236,6 +237,12 @@ def _made(arguments: argparse.Namespace) -> Gate:
     for name in ("pairs", "samples"):
         if getattr(arguments, name) < 2:
             raise ArgumentError(f"--{name}", getattr(arguments, name), "give at least 2")
+    if arguments.quiet or not sys.stderr.isatty():
+        import datasets
+        import transformers
+
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
     model, tokenizer = load(arguments.pre)
     chosen = chosen_answers(arguments.preferences, tokenizer, arguments.max_length)[: arguments.pairs]
     samples = own_samples(

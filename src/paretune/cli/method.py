@@ -39,16 +39,19 @@ def build_method(request: Request, *, planning: bool = False) -> Method:
         CheckpointError: a model that cannot be read.
         MismatchError: base and reference are not a pair.
     """
+    from paretune.optim.memory import moments_of
+
     own = request.own
     wraps = own.child_tuning is not None or own.l2_to_reference or own.l1_to_reference
-    if request.training.deepspeed and (wraps or own.optimizer == "onties" or (own.optimizer and request.model.use_peft)):
+    adapts = own.optimizer in OURS and request.model.use_peft
+    if request.training.deepspeed and (wraps or adapts or own.optimizer == "onties"):
         mend = "under it only --optimizer ondare works (ZeRO-1 and 2, without LoRA): take that alone, or FSDP2"
         raise ArgumentError("deepspeed", str(request.training.deepspeed), mend)
     rates = _rates(request)
     if own.optimizer is None and not wraps and rates is None:
         method = Method(name=_value(request.training.optim))
-        method.state_bytes["moments"] = 2.0 * _itemsize(request)
-    elif own.optimizer in OURS and request.model.use_peft:
+        method.state_bytes["moments"] = moments_of(method.name, _itemsize(request))
+    elif adapts:
         method = lora_method(request, *_tau_if_at_hand(request, planning))
     elif own.optimizer in OURS:
         method = _online(request, planning, rates)

@@ -67,7 +67,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     prompts.add_argument("--max-tokens", type=int, default=64, help="the longest prompt (64)")
     prompts.add_argument("--max-new-tokens", type=int, default=256, help="the longest answer (256)")
     prompts.add_argument("--seed", type=int, default=0, help="of everything random (0)")
-    prompts.add_argument("--batch-size", type=int, default=64, help="rows at once; never changes the prompts (64)")
+    prompts.add_argument("--batch-size", type=int, default=128, help="rows at once; never changes the prompts (128)")
     prompts.add_argument("--json", action="store_true", help="print the report as JSON")
     prompts.add_argument("--quiet", action="store_true", help="no progress bars")
     prompts.set_defaults(run=run)

@@ -17,7 +17,7 @@ from ..errors import ArgumentError
 
 VARIABLE = "PARETUNE_KERNELS"
 CHOICES = ("auto", "eager", "native", "triton")
-_VERSION = 2  # of the functions below; a library that was built from other source is not used
+_VERSION = 3  # of the functions below; a library that was built from other source is not used
 KINDS = {"BF16": 0, "F16": 1, "F32": 2}
 ALL, RANDOM, MAGNITUDE = range(3)
 TILE, LANES, BLOCK = 512, 64, 1 << 16  # as in numbers.h and vectors.h
@@ -113,6 +113,7 @@ _FUNCTIONS: dict[str, list[type]] = {
     "paretune_histogram": [_POINTER, _NUMBER, _NUMBER, _POINTER],
     "paretune_moments": [_POINTER, _POINTER],
     "paretune_add_at": [_POINTER, _POINTER, _POINTER, _NUMBER, _POINTER],
+    "paretune_add_masked": [_POINTER, _POINTER, _NUMBER, ctypes.c_uint64, ctypes.c_uint64, _NUMBER, _POINTER],
     "paretune_add_largest": [_POINTER, _POINTER, _NUMBER, _POINTER, _POINTER, _POINTER, _NUMBER],
     "paretune_scale": [_POINTER, ctypes.c_float],
 }

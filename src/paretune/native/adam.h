@@ -147,10 +147,15 @@ INLINE void step_on(struct cursor *c)
     }
 }
 
+INLINE float clipped(const struct adam *adam, float x)
+{
+    x /= adam->density;
+    return x < -adam->clip ? -adam->clip : x > adam->clip ? adam->clip : x;
+}
+
 INLINE float tau_value(const struct adam *adam, const struct cursor *c)
 {
-    float x = c->tau->values[c->next] / adam->density;
-    return x < -adam->clip ? -adam->clip : x > adam->clip ? adam->clip : x;
+    return clipped(adam, c->tau->values[c->next]);
 }
 
 INLINE void add_own(const struct adam *adam, const struct parameter *p, struct cursor *c, int64_t at, float delta)

@@ -6,7 +6,7 @@
 
 #include "vectors.h"
 
-#define PARETUNE_KERNELS_VERSION 2
+#define PARETUNE_KERNELS_VERSION 3
 
 struct result {
     const double *coefficients; /* one a source */

@@ -100,4 +100,32 @@ INLINE uint64_t gathered(const uint8_t *flags)
 
 INLINE int lowest(uint64_t set) { return __builtin_ctzll(set); }
 
+/* A random mask at some elements of a tensor, as paretune.operators.masks has it: those whose hash, read as signed, is
+   below a limit; all of them where that is above the largest integer. */
+struct mask {
+    uint32_t low, key_low, key_high;
+    int32_t below;
+};
+
+/* For a tile that begins at element `first`; no tile straddles a multiple of 2^32. */
+INLINE struct mask mask_at(uint64_t key, int64_t limit, int64_t first)
+{
+    uint32_t upper = (uint32_t)((uint64_t)first >> 32) * 0x9E3779B9u;
+    return (struct mask){(uint32_t)first, (uint32_t)key, (uint32_t)(key >> 32) + upper, (int32_t)limit};
+}
+
+INLINE uint32_t mix(uint32_t x)
+{
+    x ^= x >> 16;
+    x *= 0x21F0AAADu;
+    x ^= x >> 15;
+    x *= 0xD35A2D97u;
+    return x ^ x >> 15;
+}
+
+INLINE int kept_at(const struct mask *mask, int i)
+{
+    return (int32_t)mix(mix((mask->low + (uint32_t)i) ^ mask->key_low) + mask->key_high) < mask->below;
+}
+
 #endif

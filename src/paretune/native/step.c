@@ -29,6 +29,34 @@ EACH_PROCESSOR void paretune_add_at(const struct adam *adam, const struct parame
     add_rest(adam, p, &c);
 }
 
+/* The same with masks of many elements: δ and τ (dense) are kept where their hashes are below `limit`; `first` is the
+   parameter's first element in the whole tensor, a multiple of TILE. */
+EACH_PROCESSOR void paretune_add_masked(const struct adam *adam, const struct parameter *p, int64_t first,
+                                        uint64_t own, uint64_t other, int64_t limit, const float *tau)
+{
+    int all = limit > INT32_MAX;
+    for (int64_t at = 0; at < p->n; at += TILE) {
+        int n = p->n - at < TILE ? (int)(p->n - at) : TILE;
+        struct mask mine = mask_at(own, limit, first + at), theirs = mask_at(other, limit, first + at);
+        const float *m = p->mean + at, *v = p->square + at;
+        float a[TILE], b[TILE];
+        advance_tile(adam, p, at, n);
+        for (int i = 0; i < n; i++) {
+            float delta = update(adam, m[i], v[i]) / adam->density, other = clipped(adam, tau[at + i]);
+            a[i] = all | kept_at(&mine, i) ? delta : 0.0f;
+            b[i] = all | kept_at(&theirs, i) ? other : 0.0f;
+        }
+        if (adam->consensus == WEIGHTED_SUM) /* a loop of its own: it has no branches */
+            for (int i = 0; i < n; i++) a[i] = adam->own * a[i] + adam->weight * b[i];
+        else
+            for (int i = 0; i < n; i++) a[i] = consensus(adam, a[i], b[i]);
+        if (p->low)
+            for (int i = 0; i < n; i++) add(p, at + i, a[i]);
+        else
+            for (int i = 0; i < n; i++) ((float *)p->theta)[at + i] += a[i];
+    }
+}
+
 /* θ ← factor·θ, for bfloat16 with its low halves. */
 EACH_PROCESSOR void paretune_scale(const struct parameter *p, float factor)
 {

@@ -70,30 +70,14 @@ INLINE void load(const struct source *sources, int64_t count, int64_t based, int
 
 /* ---- which entries are kept ----------------------------------------------------------------------------------- */
 
-INLINE uint32_t mix(uint32_t x)
-{
-    x ^= x >> 16;
-    x *= 0x21F0AAADu;
-    x ^= x >> 15;
-    x *= 0xD35A2D97u;
-    return x ^ x >> 15;
-}
-
 INLINE void keep_random(const struct keep *keep, int64_t first, int n, const word *restrict in, word *restrict out)
 {
-    /* No tile straddles a multiple of 2^32. */
-    uint32_t low = (uint32_t)first, upper = (uint32_t)((uint64_t)first >> 32) * 0x9E3779B9u;
-    uint32_t key_low = (uint32_t)keep->key, key_high = (uint32_t)(keep->key >> 32) + upper;
-    int64_t limit = keep->limit;
-    if (limit > INT32_MAX) {
+    struct mask mask = mask_at(keep->key, keep->limit, first);
+    if (keep->limit > INT32_MAX) {
         if (in != out) memcpy(out, in, (size_t)n * 4);
         return;
     }
-    int32_t below = (int32_t)limit;
-    for (int i = 0; i < n; i++) {
-        uint32_t hash = mix(mix((low + (uint32_t)i) ^ key_low) + key_high);
-        out[i] = (int32_t)hash < below ? in[i] : 0;
-    }
+    for (int i = 0; i < n; i++) out[i] = kept_at(&mask, i) ? in[i] : 0;
 }
 
 /* `rank` counts the ties before this tile; returns those before the next. `kept` becomes all ones or zero. */

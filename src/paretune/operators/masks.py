@@ -149,7 +149,7 @@ def bernoulli_mask(
     stop = n if stop is None else stop
     _check(density, n, start, stop)
     mask = torch.zeros(stop - start, dtype=torch.bool, device=device)
-    threshold = round(density * 2**32) - 2**31  # on the hash shifted to signed
+    threshold = mask_limit(density)
     if threshold == 2**31:
         return mask.fill_(True)
     if density <= SPARSE_LIMIT:
@@ -160,6 +160,11 @@ def bernoulli_mask(
         hashed = _hash(_words(key), torch.arange(begin, end, dtype=torch.int64, device=device))
         torch.lt(hashed, threshold, out=mask[begin - start : end - start])
     return mask
+
+
+def mask_limit(density: float) -> int:
+    """An element is kept if its hash, read as signed, is below this number: above density 1/16."""
+    return round(density * 2**32) - 2**31
 
 
 def _uniform(words: tuple[int, int] | tuple[Tensor, Tensor], counter: Tensor) -> Tensor:

@@ -112,6 +112,23 @@ def projected(shapes: Iterable[Sequence[int]], rank: int) -> float:
     return held / max(1, count)
 
 
+def moments_of(optim: str, itemsize: float) -> float:
+    """Bytes a parameter of the moments of transformers' own optimizers (``--optim``), like the parameter if unknown.
+
+    Args:
+        optim: transformers' name.
+        itemsize: of the parameter's dtype.
+
+    Example:
+        >>> moments_of("adamw_torch_fused", 2.0), moments_of("lion_32bit", 4.0), moments_of("adamw_torch_4bit", 4.0)
+        (4.0, 4.0, 1.0625)
+    """
+    if optim in ("sgd", "adafactor"):  # no momentum by default; rows and columns
+        return 0.0
+    both = next((MOMENTS[kind] for kind in ("8bit", "4bit") if kind in optim), 2 * itemsize)
+    return both / 2 if "lion" in optim else both
+
+
 @dataclass(frozen=True)
 class MemoryReport:
     """Bytes that this rank holds, by part.

@@ -331,6 +331,10 @@ class Rule:
             return kept_part / density
         return kept_part * (before / after) if rescale == "l1" and after and density < 1 else kept_part
 
+    def mask_keys(self, name: str, call: int) -> tuple[int, int]:
+        """The keys of δ's mask and of τ's."""
+        return self._key("update", name, call), self._key("tau", name, call)
+
     def _key(self, stream: str, name: str, call: int) -> int:
         if stream == "tau" and self.released:
             call = 0  # one mask for the whole run

@@ -154,7 +154,7 @@ def make_joint_trainer(request: Request, data: JointData, callbacks: list[Any]) 
             objectives=objectives,
             schedule=schedule,
             processing_class=tokenizer,
-            callbacks=[*callbacks, *stopping],
+            callbacks=[*callbacks, *stopping, *_watching(request.script, objectives)],
         )
     except PareTuneError:
         raise
@@ -162,6 +162,16 @@ def make_joint_trainer(request: Request, data: JointData, callbacks: list[Any]) 
         raise PareTuneError(f"joint training refuses this: {first_sentence(error, 400)}") from error
     trainer.stopping_rules = stopping
     return trainer
+
+
+def _watching(script: JointArguments, objectives: dict[str, Any]) -> list[Any]:
+    """What looks at a run with self-rehearsal while it trains."""
+    from paretune.training.objectives import DPO
+    from paretune.training.stall import StallWarning
+
+    preference = objectives[script.preference_name]
+    watchable = isinstance(preference, DPO) and preference.loss_type == "sigmoid" and not preference.label_smoothing
+    return [StallWarning(preference)] if script.rehearse and watchable else []
 
 
 def make_stopping(script: JointArguments) -> list[Any]:

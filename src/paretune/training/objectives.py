@@ -209,6 +209,7 @@ class DPO(Objective):
         self.ref_model, self.cache_dir, self.max_length = ref_model, cache_dir, _length(max_length)
         self._sequences: dict[str, Sequences] = {}
         self._ref_logps: dict[str, Tensor] = {}
+        self.watch: Callable[[Tensor], None] | None = None  # is given the margins of what is trained on
 
     def prepare(self, setup: Setup) -> None:
         self._pad = padding(setup)
@@ -235,6 +236,8 @@ class DPO(Objective):
             ratios = ratios / batch["completion_mask"][:, 1:].sum(1).view(2, -1).clamp(min=1)
             return (ratios[0] - ratios[1] - 1 / (2 * self.beta)).square().mean()
         margin = self.beta * (ratios[0] - ratios[1])
+        if self.watch is not None and margin.requires_grad:
+            self.watch(margin.detach())
         loss = -F.logsigmoid(margin)
         if self.label_smoothing:
             loss = (1 - self.label_smoothing) * loss - self.label_smoothing * F.logsigmoid(-margin)

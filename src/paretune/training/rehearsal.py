@@ -12,12 +12,15 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 
+from paretune.atomic import sync
 from paretune.errors import ArgumentError, DataError
 from paretune.generation import Decoding, generate
+from paretune.generation.fingerprint import model_fingerprint
 from paretune.generation.template import Template, beginning
 
 if TYPE_CHECKING:
@@ -107,7 +110,7 @@ def self_prompts(
     steps: int = 60,
     learning_rate: float = 1e-4,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int = 128,
     out: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> SelfPrompts:
@@ -126,7 +129,8 @@ def self_prompts(
         steps, learning_rate: of the prompt model's tuning.
         seed: of everything random.
         batch_size: of the sampling; does not change the prompts.
-        out: a file that keeps what is sampled: the same call goes on where it was interrupted.
+        out: how files begin that keep what is sampled, and the prompt model: the same call goes on where it was
+            interrupted.
         progress: show a bar where stderr is a terminal.
 
     Returns:
@@ -153,9 +157,9 @@ def self_prompts(
             if gathered.full:
                 break
         return gathered.result()
-    maker: Any = _prompt_model(model, tokenizer, template, seeds, steps, learning_rate, seed) if (
-        source == "prompt-model"
-    ) else model  # fmt: skip
+    maker: Any = model
+    if source == "prompt-model":
+        maker = _prompt_model(model, tokenizer, template, seeds, steps, learning_rate, seed, out)
     start = [beginning(tokenizer)] if source == "raw-fragments" else template.before
     rng = random.Random(f"{seed}/fragments")
     stop = () if source == "raw-fragments" else template.stops
@@ -185,7 +189,7 @@ def self_answers(
     temperature: float = 0.0,
     max_new_tokens: int = 128,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int = 128,
     out: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
@@ -309,10 +313,27 @@ def _mutated(seed: str, near: Mapping[int, Sequence[int]], rng: random.Random, t
 
 
 def _prompt_model(
-    model: Any, tokenizer: Any, template: Template, seeds: Sequence[str], steps: int, lr: float, seed: int
+    model: Any,
+    tokenizer: Any,
+    template: Template,
+    seeds: Sequence[str],
+    steps: int,
+    lr: float,
+    seed: int,
+    out: str | os.PathLike[str] | None,
 ) -> Any:
-    """A copy of the model tuned to write prompts after the user mark."""
+    """A copy of the model tuned to write prompts after the user mark; kept beside ``out``."""
+    from safetensors.torch import load_model, save_model
+
     tuned = copy.deepcopy(model).train()
+    kept = None
+    if out is not None:
+        # Tuned again on an accelerator it would be another model, whose prompts do not go with those of before.
+        recipe = f"{model_fingerprint(model)} {list(seeds)} {steps} {lr} {seed}"
+        kept = Path(f"{out}.model-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.safetensors")
+        if kept.exists():
+            load_model(tuned, kept)
+            return tuned.eval()
     rows = [list(template.before) + tokenizer(text, add_special_tokens=False).input_ids + list(template.after)
             for text in seeds]  # fmt: skip
     rng = random.Random(f"{seed}/prompt model")
@@ -332,4 +353,10 @@ def _prompt_model(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_suffix(".tmp")
+        save_model(tuned, str(temporary))
+        sync(temporary)
+        temporary.replace(kept)
     return tuned.eval()

@@ -63,7 +63,7 @@ def make_rehearsal(
     max_tokens: int = 64,
     max_new_tokens: int = 256,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int = 128,
     progress: bool = True,
 ) -> RehearsalReport:
     """Write ``{"messages": […]}`` rows: prompts from a source, answered by the model.

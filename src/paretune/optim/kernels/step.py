@@ -1,7 +1,7 @@
 """The optimizer step in C (``native/step.c`` and ``largest.c``): for float32 and bfloat16 parameters on the CPU.
 
 moments                one pass over g, m, v
-OnDARE                 then δ and θ only at the sampled positions
+OnDARE                 then δ and θ only at the sampled positions; above density 1/16 one pass with a hash an element
 OnTIES                 the pass also finds the candidates for the k largest |δ|; θ only where something is kept
 """
 
@@ -11,6 +11,7 @@ import ctypes
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ...native import Adam, Kept, Parameter
 from ...operators import Magnitude, Random, SignElection, WeightedSum, kept
+from ...operators.masks import mask_limit
 from ..adamw import AdamUpdate
 from ..rule import Piece, Rule
 from ..sparse import SparseVector
@@ -55,12 +57,15 @@ class Compiled:
         return (
             not piece.part.sharded
             and 0 < n < _LARGEST
-            and rule.is_sparse
-            and isinstance(rule.sparsify, Random | Magnitude)
             and isinstance(rule.consensus, WeightedSum | SignElection)
             and (weights.flat.dtype == torch.float32 or weights.low is not None)
-            and not (isinstance(rule.sparsify, Magnitude) and n > _SMALL and 4 * kept(rule.sparsify.density, n) >= n)
+            and (self._selects(rule, n) or _draws_each(rule, piece))
         )
+
+    def _selects(self, rule: Rule, n: int) -> bool:
+        """Whether its work follows the kept entries."""
+        few = not isinstance(rule.sparsify, Magnitude) or n <= _SMALL or 4 * kept(rule.sparsify.density, n) < n
+        return rule.is_sparse and isinstance(rule.sparsify, Random | Magnitude) and few
 
     def moments(self, updates: Sequence[AdamUpdate], gradients: Sequence[Tensor]) -> None:
         """m ← β₁m + (1−β₁)g; v ← β₂v + (1−β₂)g², in place."""
@@ -103,6 +108,18 @@ class Compiled:
             call: the step, which keys the masks.
         """
         adams = _Adams(rule, weight)
+        if isinstance(rule.sparsify, Random) and not rule.is_sparse:
+            for piece, theta, gradient in zip(pieces, weights, gradients, strict=True):
+                marks = [*range(0, piece.part.n, _SHARE), piece.part.n]
+                ranges = [(start, stop) for start, stop in pairwise(marks)]
+                _run(
+                    [
+                        partial(self._add_masked, rule, adams.of(piece), piece, theta, gradient, tau, call, *at)
+                        for at in ranges
+                    ],
+                    piece.part.n,
+                )
+            return
         if isinstance(rule.sparsify, Random):
             cut = [(i, start, part) for i, each in enumerate(pieces) for start, part in rule.cut(each)]
             for batch in rule.batches([part for _, _, part in cut]):
@@ -132,6 +149,29 @@ class Compiled:
             ctypes.byref(adam), ctypes.byref(area), index.data_ptr(), index.numel(), ctypes.byref(entries)
         )
 
+    def _add_masked(
+        self,
+        rule: Rule,
+        adam: Adam,
+        piece: Piece,
+        theta: Weights,
+        gradient: Tensor,
+        tau: Tau,
+        call: int,
+        start: int,
+        stop: int,
+    ) -> None:
+        first = piece.part.range[0]
+        values = tau.dense(piece.name, replace(piece.part, columns=(first + start, first + stop)))
+        self._library.paretune_add_masked(
+            ctypes.byref(adam),
+            ctypes.byref(_parameter(_adam_update(piece), gradient, theta, start, stop)),
+            first + start,
+            *rule.mask_keys(piece.name, call),
+            mask_limit(rule.sparsify.density),
+            values.data_ptr(),
+        )
+
     def _add_largest(self, adam: Adam, area: Parameter, k: int, tau: SparseVector) -> None:
         size = 3 * k + _SMALL + _TILE
         index, values = torch.empty(size, dtype=torch.int32), torch.empty(size)
@@ -145,6 +185,20 @@ class Compiled:
             values.data_ptr(),
             size,
         )
+
+
+def _draws_each(rule: Rule, piece: Piece) -> bool:
+    """Whether masks are drawn element by element, and δ has the bits of the kernels."""
+    sparsify, part = rule.sparsify, piece.part
+    return (
+        isinstance(sparsify, Random)
+        and not rule.is_sparse
+        and sparsify.density < 1
+        and sparsify.rescale != "l1"
+        and _adam_update(piece).rounded
+        and part.contiguous_everywhere
+        and part.range[0] % _TILE == 0
+    )
 
 
 class _Adams:

@@ -123,7 +123,7 @@ def _add_own(
         place = tl.load(places + entry + half, mask=mask, other=0)
         entry = tl.where(place <= at, entry + half, entry)
         left -= half
-    hit = mask & (left > 0)
+    hit = mask & (entry < last)
     hit = hit & (tl.load(places + entry, mask=hit, other=-1) == at)
     tau = _rescaled(tl.load(values + entry, mask=hit, other=0.0), density, clip)
     tl.store(taken + entry, tl.full(at.shape, 1, tl.int8), mask=hit)
@@ -252,9 +252,7 @@ def sample(table, numbers, out, slope, keep, add, eps, NEAR: tl.constexpr, HALF:
     line = tl.program_id(1) * TILE + tl.arange(0, TILE)
     # a varying place within each stride does not fall into step with the rows of a matrix
     shift = (line.to(tl.uint32) * 2654435761 >> 8).to(tl.int64) % tl.maximum(stride, 1)
-    at = line * stride + shift
-    mask = (at < _column(table, row, COUNT)) & (stride > 0)
-    m, v = _advanced(mean, square, gradient, at, mask, slope, keep, add, NEAR, HALF)
+    m, v = _advanced(mean, square, gradient, line * stride + shift, None, slope, keep, add, NEAR, HALF)
     delta = _update(m, v, tl.load(numbers + 2 * row), tl.load(numbers + 2 * row + 1), eps)
     tl.store(out + row * SAMPLES + line, _magnitude(delta))
 
@@ -318,8 +316,11 @@ def tally(table, owner, found, values, prefixes, counts, SHIFT: tl.constexpr, BI
         key = _magnitude(tl.load(values + slot, mask=mask, other=0.0))
         mask = mask & ((key >> (SHIFT + BITS)) == tl.load(prefixes + row))
         # counted in the program first: most candidates have one of few exponents
-        counted = tl.histogram((key >> SHIFT) & ((1 << BITS) - 1), BINS, mask=mask)
-        tl.atomic_add(counts + row * BINS + tl.arange(0, BINS), counted, mask=counted > 0)
+        digit = tl.where(mask, (key >> SHIFT) & ((1 << BITS) - 1), 0)
+        bins = tl.arange(0, BINS)
+        others = BLOCK - tl.sum(mask.to(tl.int32), 0)
+        counted = tl.histogram(digit, BINS) - tl.where(bins == 0, others, 0)
+        tl.atomic_add(counts + row * BINS + bins, counted, mask=counted > 0)
 
 
 @triton.jit

@@ -153,7 +153,7 @@ class _Launch:
         toward = numpy.float32(1 - update.betas[0])
         self.near = bool(toward < 0.5)  # torch's lerp starts from the nearer end
         slope = toward if self.near else toward - numpy.float32(1)
-        self.adam = float(slope), update.betas[1], 1 - update.betas[1], update.eps
+        self.adam = float(slope), float(update.betas[1]), float(1 - update.betas[1]), float(update.eps)
         self.half = members[0].gradient.dtype == torch.bfloat16
         scales = [member.update.scales() for member in members]
         self.numbers = self.put([[-size, 1.0 if update.released else root] for size, root in scales], torch.float32)
@@ -213,7 +213,7 @@ class _Merge(_Launch):
         self.taken = torch.zeros(self.ends[-1], dtype=torch.int8, device=self.device)
         divisor = self.density if rule.sparsify.rescale == "expectation" else 1.0
         clip = rule.clip if rule.released and isinstance(rule.sparsify, Random) else math.inf
-        self.consensus = 1 - weight, weight, divisor, clip
+        self.consensus = 1.0 - weight, float(weight), divisor, float(clip)
         kind = kernels.SUM
         if isinstance(rule.consensus, SignElection):
             kind = kernels.ELECTION if rule.consensus.weighted else kernels.ELECTION_UNWEIGHTED
