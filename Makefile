@@ -32,7 +32,7 @@ format: $(VENV)/ready
 env: $(VENV)/ready
 
 # torch first and pinned: a plain `pip install` could choose a build with several GB of CUDA packages.
-$(VENV)/ready: pyproject.toml constraints.txt setup.py $(wildcard src/paretune/native/*.c)
+$(VENV)/ready: pyproject.toml constraints.txt setup.py $(wildcard src/paretune/native/*.[ch])
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "paretune needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch

@@ -206,7 +206,7 @@ def two_steps(kind: str, model: nn.Module) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("OnDARE", marks=pytest.mark.slow), "OnTIES"])
 def test_shards_take_their_rows(kind: str, tmp_path: Path) -> None:
     spawn(sharded, 2, kind, tmp_path)
     model = Flat()

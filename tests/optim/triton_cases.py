@@ -167,8 +167,6 @@ RELEASED = {"variant": "released", "weight_decay": 0.1}
 CASES: dict[str, Callable[[], str]] = {
     "dare 5e-4": partial(compare, "OnDARE", "plain", F32, {"density": 5e-4, "weight": 0.3}),
     "dare bfloat16": partial(compare, "OnDARE", "clipped", BF16, {**DARE, "weight_decay": 0.1}),
-    "dare released": partial(compare, "OnDARE", "plain", F32, {**DARE, **RELEASED, "density": 0.06, "clip": 0.1}),
-    "dare weight 0": partial(compare, "OnDARE", "plain", F32, {"density": 0.01, "weight": 0.0}, tau=False),
     "dare density 1": partial(compare, "OnDARE", "plain", F32, {"density": 1.0, "weight": 0.3}, merged="eager"),
     "dare part": part,
     "ties 0.01": partial(compare, "OnTIES", "clipped", F32, {"density": 0.01, "weight": 5e-7, "weight_decay": 0.1}),
@@ -177,6 +175,8 @@ CASES: dict[str, Callable[[], str]] = {
     "ties recorded": partial(golden, "onties_p05"),
 }
 SLOW: dict[str, Callable[[], str]] = {
+    "dare weight 0": partial(compare, "OnDARE", "plain", F32, {"density": 0.01, "weight": 0.0}, tau=False),
+    "dare released": partial(compare, "OnDARE", "plain", F32, {**DARE, **RELEASED, "density": 0.06, "clip": 0.1}),
     "ties recorded, weight decay": partial(golden, "onties_p20_weight_decay"),
     "dare mixed": partial(compare, "OnDARE", "mixed", F32, DARE),
     "ties mixed": partial(compare, "OnTIES", "mixed", F32, TIES),

@@ -78,8 +78,8 @@ def make_rehearsal(
         prompts: for ``"file"``.
         seeds: a few dozen prompts for ``"prompt-model"`` and ``"mutate"``.
         preferences: the preferences' prompts.
-        alike: what becomes of prompts like those: left out, or answered at temperature 1, which does not anchor one
-            style as the likeliest answer does.
+        alike: what becomes of prompts like those: left out, or answered at temperature 1, so that no single style is
+            taught; distilled, such answers still hold the reference's mixture of styles.
         temperature: of the other answers.
         max_tokens, max_new_tokens: of a prompt, of an answer.
         seed, batch_size, progress: of the sampling.
@@ -106,10 +106,10 @@ def make_rehearsal(
             out=work / "prompts", **shared,
         )  # fmt: skip
     leaks = Leakage(preferences) if preferences and alike == "sample" else None
-    near = [prompt for prompt in made.prompts if leaks is not None and leaks(prompt)]
-    apart = [prompt for prompt in made.prompts if prompt not in set(near)]
+    near = {prompt: None for prompt in made.prompts if leaks is not None and leaks(prompt)}
+    apart = [prompt for prompt in made.prompts if prompt not in near]
     rows: list[dict[str, Any]] = []
-    for name, asked, heat in (("answers", apart, temperature), ("sampled", near, 1.0)):
+    for name, asked, heat in (("answers", apart, temperature), ("sampled", list(near), 1.0)):
         if asked:
             rows += self_answers(
                 model, tokenizer, asked, temperature=heat, max_new_tokens=max_new_tokens, out=work / name, **shared
