@@ -1,7 +1,7 @@
 """How far cures hold on a model fourteen times as large: the mid world, two rewards, two kinds of pairs.
 
     python benchmarks/mid_world/run.py [--seeds 0] [--worlds polite,brief,on-policy]
-    python benchmarks/cures/table.py --records benchmarks/mid_world/records.jsonl
+    python benchmarks/mid_world/table.py
 
 ``polite`` asks for politeness with pairs from elsewhere, ``on-policy`` for the same with pairs of the reference's own
 answers, ``brief`` for short answers to the point. All share one base and one reference. The learning rate is found on
