@@ -44,11 +44,20 @@ def at(curve: Curve, reward: float) -> float | None:
     return best_at(reward, curve) if curve else None
 
 
-def interval(values: list[float], draws: int = 4000) -> tuple[float, float]:
-    """Middle 95% of the means of resampled seeds."""
+def removed(taxes: list[tuple[float, float]], draws: int = 4000) -> str:
+    """1 − Σ tax ÷ Σ AdamW's tax over seeds, with the middle 95% of resampled seeds; nothing where AdamW pays little."""
+    if not taxes or statistics.mean(paid for _, paid in taxes) < 2:
+        return ""
     rng = random.Random(0)
-    means = sorted(statistics.mean(rng.choices(values, k=len(values))) for _ in range(draws))
-    return means[draws // 40], means[-draws // 40 - 1]
+    whole = sorted(_share(rng.choices(taxes, k=len(taxes))) for _ in range(draws))
+    low, high = whole[draws // 40], whole[-draws // 40 - 1]
+    spread = f" [{low:.2f}, {high:.2f}]" if len(taxes) > 2 else ""
+    return f"{_share(taxes):.2f}{spread} ({len(taxes)} seeds)"
+
+
+def _share(taxes: list[tuple[float, float]]) -> float:
+    paid = sum(each for _, each in taxes)
+    return 1 - sum(tax for tax, _ in taxes) / paid if paid > 0 else float("-inf")
 
 
 def main() -> None:
@@ -83,7 +92,7 @@ def table(world: str, by_seed: dict[int, dict[str, Curve]], options: argparse.Na
     out += [f"| method | {' | '.join(f'seed {seed}' for seed in by_seed)} | mean | AdamW's tax removed |",
             "|---" * (len(by_seed) + 3) + "|"]  # fmt: skip
     for name in names:
-        cells, kept, shares = [], [], []
+        cells, kept, taxes = [], [], []
         for seed, own in by_seed.items():
             value = own[name][0][1] if name == "reference" and own[name] else at(own.get(name, []), level[seed])
             cells.append("X" if value is None else f"{value:.1f}")
@@ -91,14 +100,10 @@ def table(world: str, by_seed: dict[int, dict[str, Curve]], options: argparse.Na
             paid = whole - (at(own["AdamW over lr"], level[seed]) or 0.0)
             if value is not None:
                 kept.append(value)
-                if paid > 5:
-                    shares.append(1 - (whole - value) / paid)
+                taxes.append((whole - value, paid))
         mean = f"{statistics.mean(kept):.1f}" if kept else ""
-        removed = ""
-        if name not in ("reference", "AdamW over lr") and shares:
-            low, high = interval(shares)
-            removed = f"{statistics.mean(shares):.2f} [{low:.2f}, {high:.2f}] ({len(shares)} seeds)"
-        out.append(f"| {name} | {' | '.join(cells)} | {mean} | {removed} |")
+        share = "" if name in ("reference", "AdamW over lr") else removed(taxes)
+        out.append(f"| {name} | {' | '.join(cells)} | {mean} | {share} |")
     return out
 
 

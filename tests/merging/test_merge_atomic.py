@@ -242,6 +242,7 @@ def press_control_c(bar, read, total):
         os.kill(os.getpid(), signal.SIGINT)
 
 merge._Bar.__call__ = press_control_c
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without
 sys.exit(main.main(sys.argv[1:]))
 """
 
