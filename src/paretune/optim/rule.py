@@ -243,7 +243,7 @@ class Rule:
     def drawn(self, pieces: Sequence[Piece], tau: Tau, call: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Random's positions in this rank's parts, for δ and for τ, and τ's elements there, concatenated."""
         parts = [piece.part for piece in pieces]
-        keys = [self._key(stream, piece.name, call) for stream in ("update", "tau") for piece in pieces]
+        keys = [self.key(stream, piece.name, call) for stream in ("update", "tau") for piece in pieces]
         ranges = [part.range for part in parts]
         found = sampled_indices_of(keys, [part.whole for part in parts] * 2, self.sparsify.density, ranges=ranges * 2)
         found = [part.keep(index) for part, index in zip(parts * 2, found, strict=True)]
@@ -257,7 +257,7 @@ class Rule:
         return largest_streamed(piece.update, kept(self.sparsify.density, piece.update.n))
 
     def _sparsified_update(self, delta: Tensor, name: str, call: int) -> Tensor:
-        key = self._key("update", name, call)
+        key = self.key("update", name, call)
         if not (self.released and isinstance(self.sparsify, Random) and self.sparsify.rescale == "l1"):
             return self.sparsify(delta, key)
         out = Random(self.sparsify.density, "expectation")(delta, key)
@@ -269,7 +269,7 @@ class Rule:
     def _sparsified_tau(self, tau: Tau, piece: Piece, call: int) -> Tensor:
         if isinstance(self.sparsify, Random):
             rescale = "expectation" if self.released else self.sparsify.rescale
-            key = self._key("tau", piece.name, call)
+            key = self.key("tau", piece.name, call)
             out = Random(self.sparsify.density, rescale)(tau.dense(piece.name, piece.part), key)
             return out.clamp_(-self.clip, self.clip) if self.released else out
         if isinstance(self.sparsify, Magnitude) and self.sparsify.rescale != "l1":
@@ -277,7 +277,7 @@ class Rule:
             out = torch.zeros(stored.n)
             out[stored.index] = stored.values
             return out if self.sparsify.rescale == "none" else out.div_(self.sparsify.density)
-        return self.sparsify(tau.dense(piece.name, piece.part), self._key("tau", piece.name, call))
+        return self.sparsify(tau.dense(piece.name, piece.part), self.key("tau", piece.name, call))
 
     # -- parts of sharded parameters -------------------------------------------------------------------------
 
@@ -312,7 +312,7 @@ class Rule:
         density, part = self.sparsify.density, piece.part
         if density == 1:
             return x
-        key = self._key(stream, piece.name, call)
+        key = self.key(stream, piece.name, call)
         mask = part.cut(lambda i, j: bernoulli_mask(key, part.whole, density, i, j, device=x.device))
         return torch.where(mask, x, 0.0)
 
@@ -333,9 +333,10 @@ class Rule:
 
     def mask_keys(self, name: str, call: int) -> tuple[int, int]:
         """The keys of δ's mask and of τ's."""
-        return self._key("update", name, call), self._key("tau", name, call)
+        return self.key("update", name, call), self.key("tau", name, call)
 
-    def _key(self, stream: str, name: str, call: int) -> int:
+    def key(self, stream: str, name: str, call: int) -> int:
+        """What determines a mask of one of the two: stream `update` or `tau`."""
         if stream == "tau" and self.released:
             call = 0  # one mask for the whole run
         return mask_key(self.seed, call, stream, name)

@@ -93,12 +93,12 @@ def _thresholds(wanted: Sequence[Wanted], wide: bool) -> Iterator[Threshold]:
     while bits > each:
         bits -= each
         counts = sums(parts, _histograms(wanted, prefix, bits, each, inside))
-        left, prefix = _descend(counts, left, prefix, each)
+        left, prefix = descend(counts, left, prefix, each)
     own = _histograms(wanted, prefix, 0, bits, inside)
     begins = torch.tensor([part.range[0] for part in parts]).unsqueeze(1)
     everyone = gathered(parts, torch.cat([begins, own], 1))
     counts = torch.stack([rows[:, 1:].sum(0) for rows in everyone])
-    left, key = _descend(counts, left, prefix, bits)
+    left, key = descend(counts, left, prefix, bits)
     for i, (want, rows) in enumerate(zip(wanted, everyone, strict=True)):
         at = 1 + (int(key[i]) & ((1 << bits) - 1))
         earlier = rows[:, 0] < int(begins[i])
@@ -143,7 +143,7 @@ def _histograms(wanted: Sequence[Wanted], prefix: Tensor, shift: int, bits: int,
     return counts
 
 
-def _descend(counts: Tensor, left: Tensor, prefix: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def descend(counts: Tensor, left: Tensor, prefix: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """One digit more: the bin in which the k-th magnitude lies, and how many are still wanted in it."""
     tail = counts.flip(1).cumsum(1)
     at = (tail >= left.unsqueeze(1)).int().argmax(1, keepdim=True)  # the first of them

@@ -78,7 +78,7 @@ def _read(names: Sequence[str], parts: Sequence[Part], rule: Rule, tau: Tau, cal
     places, values, counts = [], [], []
     for some in _batches(parts, rule.sparsify.density):
         index = sampled_indices_of(
-            [rule._key("tau", name, call) for name in names[some]],
+            [rule.key("tau", name, call) for name in names[some]],
             [part.whole for part in parts[some]],
             rule.sparsify.density,
             ranges=[part.range for part in parts[some]],

@@ -24,7 +24,7 @@ from ..adamw import AdamUpdate
 from ..parts import whole
 from ..rule import Piece, Rule
 from ..tau import Tau
-from ..threshold import _descend
+from ..threshold import descend
 from ..weights import Weights
 from . import triton_kernels as kernels
 from .entries import Entries, drawn, stored
@@ -198,7 +198,7 @@ class _Merge(_Launch):
         self.density, self.tau, thetas = rule.sparsify.density, tau, [m.weights for m in members if m.weights]
         blocks = [-(-count // _BLOCK) for count in tau.counts]
         self.ends = [0, *accumulate(tau.counts)]
-        keys = [rule._key("update", member.piece.name, call) for member in members]
+        keys = [rule.key("update", member.piece.name, call) for member in members]
         for column, numbers in (
             (kernels.THETA, [theta.flat.data_ptr() for theta in thetas]),
             (kernels.LOW, [0 if theta.low is None else theta.low.data_ptr() for theta in thetas]),
@@ -260,7 +260,7 @@ class _Merge(_Launch):
                     table, owners, found, values, key, counts, SHIFT=shift, BITS=bits, **_OPTIONS
                 )
                 counts = counts[:, : 1 << bits]
-                left, key = _descend(counts, left, key, bits)
+                left, key = descend(counts, left, key, bits)
             ties = counts.gather(1, (key & ((1 << bits) - 1)).unsqueeze(1)).squeeze(1)
             rows = torch.stack([found.long(), bounds.long(), left, ties.long(), key], 1).tolist()  # the step's one wait
             thresholds, undone = [1] * len(sizes), []
