@@ -175,6 +175,10 @@ def test_own_samples_have_text_and_turns(model: Any) -> None:
     assert made == pt.own_samples(model, make_tokenizer(), 10, max_tokens=40, progress=False, batch_size=3)
     with pytest.raises(pt.ArgumentError, match="count="):
         pt.own_samples(model, make_tokenizer(), 1)
+    with pytest.raises(
+        pt.ArgumentError, match=r"max_tokens=60: a turn of \d+ tokens and its answer exceed the model's 64"
+    ):
+        pt.own_samples(model, make_tokenizer(), 10, max_tokens=60, progress=False)
 
 
 def test_train_joint_rehearse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

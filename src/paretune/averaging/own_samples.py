@@ -40,6 +40,7 @@ def own_samples(
         ``{"input_ids", "completion_mask"}`` rows.
 
     Raises:
+        ArgumentError: a turn and its answer do not fit the model.
         DataError: the model says nothing.
     """
     if count < 2:
@@ -63,6 +64,13 @@ def own_samples(
     if not turns:
         raise DataError("the model says nothing after its start mark or its user mark: give samples of your own")
     asked = [[*template.before, *turn, *template.after] for turn in turns]
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, asked))
+    if room is not None and longest + max_tokens > room:
+        mend = (
+            f"a turn of {longest} tokens and its answer exceed the model's {room}: half of that less the marks is safe"
+        )
+        raise ArgumentError("max_tokens", max_tokens, mend)
     for prompt, answer in zip(asked, sample(asked), strict=True):
         said = prompt[len(template.before) :] + ids(answer.text) + (end if answer.finished else [])
         rows.append(_row(list(template.before), said))
